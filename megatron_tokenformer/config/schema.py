@@ -1,0 +1,272 @@
+"""The schema of a run: every key that a config file may hold, its default and what it means.
+
+The objects are frozen: configuration is read in one place (`load.py`) and handed down.  Checks that need
+two keys of one config are made here and name both; those that need the number of processes are made by
+`check_world`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from megatron_tokenformer.errors import UserError
+
+ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tokens(Section):
+    """Parameter tokens (rows of K and of V) of each Pattention in a layer."""
+
+    qkv: PositiveInt = 576
+    """tokens of each of the query, key and value projections"""
+    output: PositiveInt = 576
+    """tokens of the attention's output projection"""
+    ffn: PositiveInt = 2304
+    """tokens of the feed-forward Pattention, by custom four times the others"""
+
+
+class Model(Section):
+    """The network.  The defaults are the 124M model of the paper's ladder."""
+
+    architecture: Literal["tokenformer"] = "tokenformer"
+    layers: PositiveInt = 12
+    hidden_size: PositiveInt = 768
+    attention_heads: PositiveInt = 12
+    tokens: Tokens = Tokens()
+    score_norm: ScoreNorm = "l2_norm_gelu"
+    """how scores become weights over parameter tokens (paper, equation 6 and table 5)"""
+    vocab_size: PositiveInt = 50304
+    """rows of the embedding; at least the tokenizer's vocabulary, padded so that ranks divide it"""
+    rotary_fraction: Fraction = 0.25
+    """share of each head's channels that is rotated"""
+    layer_norm_eps: float = Field(1e-5, gt=0.0)
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.attention_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Rotated channels of one head: even, at least 2 unless the fraction is 0."""
+        return 2 * max(int(self.head_size * self.rotary_fraction) // 2, self.rotary_fraction > 0)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Model:
+        if self.hidden_size % self.attention_heads:
+            fits = nearest_divisor(self.hidden_size, self.attention_heads)
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} is not divisible by "
+                f"model.attention_heads={self.attention_heads}; attention_heads={fits} would work"
+            )
+        return self
+
+
+class Parallel(Section):
+    """How the model is split.  The data-parallel size is what remains of the processes."""
+
+    tensor: PositiveInt = 1
+    """ranks over which parameter tokens, attention heads and the vocabulary are split"""
+    pipeline: PositiveInt = 1
+    """stages over which layers are split"""
+    sequence: bool = False
+    """also split the sequence over the tensor-parallel ranks between Pattentions"""
+    timeout_minutes: float = Field(30.0, gt=0.0)
+    """how long a collective may wait for another rank before the run fails"""
+
+
+class Tokenizer(Section):
+    """The tokenizer that made the data: its type and its file."""
+
+    type: Literal["HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer"] = "HFTokenizer"
+    model: str | None = None
+
+
+class Data(Section):
+    """What is read: prefixes of indexed files, or a blend of them by weight."""
+
+    train: list[tuple[float, str]] = []
+    """a prefix, or a list of [weight, prefix]; weights need not sum to 1"""
+    validation: list[tuple[float, str]] = []
+    """likewise, for the loss that is reported; may be empty"""
+    sequence_length: PositiveInt = 1024
+    tokenizer: Tokenizer | None = None
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _one_prefix_is_a_blend_of_one(cls, value: object) -> object:
+        return [(1.0, value)] if isinstance(value, str) else value
+
+
+class Optimizer(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(6e-4, gt=0.0)
+    min_lr: float = Field(6e-5, ge=0.0)
+    """where the schedule ends"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.1, ge=0.0)
+    clip_grad: float = Field(1.0, ge=0.0)
+    """largest global gradient norm; 0 does not clip"""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    """steps of linear warm-up to lr"""
+    wsd_decay_fraction: Fraction = 0.2
+    """with schedule wsd (warm-up, stable, decay): the last share of the steps, in which lr falls"""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> Optimizer:
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.min_lr:g} is above optimizer.lr={self.lr:g}; "
+                f"min_lr={self.lr / 10:g} would work"
+            )
+        return self
+
+
+class Training(Section):
+    """The length, batch and precision of a run."""
+
+    steps: PositiveInt = 1000
+    """optimizer steps of the whole run, resumed parts included"""
+    global_batch_size: PositiveInt = 512
+    """sequences per optimizer step, over all ranks"""
+    micro_batch_size: PositiveInt = 8
+    """sequences that pass through a rank at once"""
+    precision: Precision = "auto"
+    """auto: bf16 on a GPU, fp32 without one"""
+    seed: int = Field(1234, ge=0)
+    """of the initial weights and of the order of the samples"""
+    recompute: Literal["none", "layer"] = "none"
+    """what the backward pass computes again instead of keeping it"""
+    eval_interval: int = Field(1000, ge=0)
+    """steps between evaluations; 0: only at the start and the end"""
+    eval_steps: int = Field(10, ge=0)
+    """global batches of one evaluation; 0 never evaluates"""
+    log_interval: PositiveInt = 10
+
+
+class Checkpoint(Section):
+    """When checkpoints are written, how many are kept, and what a run starts from."""
+
+    interval: int = Field(1000, ge=0)
+    """steps between checkpoints; 0: only at the end"""
+    keep_last: PositiveInt = 2
+    asynchronous: Literal[False] = False
+    """saves are synchronous so far"""
+    load: str | None = None
+    """a checkpoint, or a folder of them, to start from when run_dir holds none of its own"""
+
+
+class Wandb(Section):
+    """Weights & Biases; `offline` needs no account and no network."""
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    project: str = "megatron_tokenformer"
+
+
+class Logging(Section):
+    """Where the numbers go besides the terminal and RUN/metrics.jsonl."""
+
+    wandb: Wandb = Wandb()
+    tensorboard: bool = False
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    run_dir: str = "runs/default"
+    """folder of the run: checkpoints, metrics.jsonl, config.yaml"""
+    model: Model = Model()
+    parallel: Parallel = Parallel()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _tensor_parallel_divides(self) -> RunConfig:
+        tensor = self.parallel.tensor
+        divided = {
+            "model.tokens.qkv": self.model.tokens.qkv,
+            "model.tokens.output": self.model.tokens.output,
+            "model.tokens.ffn": self.model.tokens.ffn,
+            "model.attention_heads": self.model.attention_heads,
+            "model.vocab_size": self.model.vocab_size,
+        }
+        if self.parallel.sequence:
+            divided["data.sequence_length"] = self.data.sequence_length
+        for key, value in divided.items():
+            if value % tensor:
+                fits = math.ceil(value / tensor) * tensor
+                raise ValueError(
+                    f"{key}={value} is not divisible by parallel.tensor={tensor}; {key}={fits} would work"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_have_layers(self) -> RunConfig:
+        if self.model.layers < self.parallel.pipeline:
+            raise ValueError(
+                f"parallel.pipeline={self.parallel.pipeline} is more than model.layers={self.model.layers}; "
+                f"parallel.pipeline={self.model.layers} would work"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> RunConfig:
+        if self.optimizer.warmup_steps > self.training.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than "
+                f"training.steps={self.training.steps}; "
+                f"optimizer.warmup_steps={self.training.steps // 100} would work"
+            )
+        return self
+
+
+def nearest_divisor(number: int, wish: int) -> int:
+    """The divisor of `number` that is closest to `wish` (the smaller of two)."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wish), d))
+
+
+def check_world(config: RunConfig, world_size: int) -> int:
+    """Check the layout against the number of processes.
+
+    Returns the number of micro-batches that a rank accumulates per step, so that
+    global_batch_size = micro_batch_size x accumulation x data-parallel size.
+
+    Raises:
+        UserError: the processes, or the batch, cannot be divided so.
+    """
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    if world_size % model_ranks:
+        raise UserError(
+            f"parallel.tensor={config.parallel.tensor} x parallel.pipeline={config.parallel.pipeline} "
+            f"does not divide the {world_size} processes of this run; "
+            f"start a multiple of {model_ranks} processes"
+        )
+    data_ranks = world_size // model_ranks
+    training = config.training
+    at_once = training.micro_batch_size * data_ranks
+    if training.global_batch_size % at_once:
+        fits = math.ceil(training.global_batch_size / at_once) * at_once
+        raise UserError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size={training.micro_batch_size} x {data_ranks} data-parallel ranks; "
+            f"training.global_batch_size={fits} would work"
+        )
+    return training.global_batch_size // at_once
