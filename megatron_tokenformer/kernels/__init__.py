@@ -1,0 +1,1 @@
+"""The score normalisation of Pattention."""

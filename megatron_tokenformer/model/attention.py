@@ -1,0 +1,75 @@
+"""Causal self-attention whose four projections are Pattentions.
+
+Under tensor parallelism tokens are split inside the projections and heads inside the attention itself, so
+a layer changes from the one to the other and back:
+
+    x ->(copy | gather) q, k, v scores ->(sum) weights -> partial q, k, v ->(scatter onto heads)
+      -> attention of local heads ->(gather heads) output scores ->(sum) weights -> partial output
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_tokenformer.config.schema import Model
+from megatron_tokenformer.model.pattention import Pattention, normalised_scores
+from megatron_tokenformer.parallel.collectives import TensorParallel, gather_from_ranks, scatter_sum
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention, [s, b, d] to this rank's part of [s, b, d]."""
+
+    def __init__(self, model: Model, ranks: TensorParallel) -> None:
+        super().__init__()
+        d, tokens = model.hidden_size, model.tokens
+        self.ranks, self.head_size, self.rotary_size = ranks, model.head_size, model.rotary_size
+        self.query = Pattention(d, d, tokens.qkv, model.score_norm, ranks)
+        self.key = Pattention(d, d, tokens.qkv, model.score_norm, ranks)
+        self.value = Pattention(d, d, tokens.qkv, model.score_norm, ranks)
+        self.output = Pattention(d, d, tokens.output, model.score_norm, ranks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self._project_onto_local_heads(x)
+        query, key = rotate(query, self.rotary_size), rotate(key, self.rotary_size)
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        context = context.permute(2, 0, 1, 3).flatten(start_dim=2)  # [b, h/p, s, c] -> [s, b, d/p]
+        return self.output.partial(gather_from_ranks(context, self.ranks, dim=-1))
+
+    def _project_onto_local_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of this rank's heads, [b, h/p, s, c] each: one sum of totals, one scatter for the three."""
+        projections = (self.query, self.key, self.value)
+        weights = normalised_scores(
+            [p.scores(x) for p in projections], [p.tau for p in projections], self.query.kind, self.ranks
+        )
+        partial = torch.stack([w @ p.value_tokens for w, p in zip(weights, projections)], dim=2)
+        local = scatter_sum(partial, self.ranks, dim=-1)  # [s, b, 3, d] -> [s, b, 3, d/p]
+        heads = local.unflatten(-1, (-1, self.head_size)).permute(2, 1, 3, 0, 4)
+        query, key, value = heads.unbind(0)
+        return query, key, value
+
+
+def rotate(x: Tensor, size: int, base: float = 10_000.0) -> Tensor:
+    """Rotary embedding of the first `size` channels of x, [..., s, c] (arXiv 2104.09864; in halves)."""
+    if size == 0:
+        return x
+    cos, sin = _rotary_tables(x.shape[-2], size, base, x.device)
+    turned, kept = x[..., :size].float(), x[..., size:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.to(x.dtype), kept), dim=-1)
+
+
+@lru_cache(maxsize=8)
+def _rotary_tables(length: int, size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position times frequency, [length, size] each.
+
+    Made where they are used, in fp32: a buffer would be cast to bf16 with the module, and lose positions.
+    """
+    frequency = base ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()

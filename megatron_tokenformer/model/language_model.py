@@ -1,0 +1,91 @@
+"""The language model: as one module, as the list of layers that DeepSpeed cuts into stages, and its loss.
+
+A parameter's canonical name is its name in `LanguageModel`: `layers.3.attention.query.key_tokens`.  It says
+nothing of stages or ranks; checkpoints, initial values and growth go by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor, nn
+
+from megatron_tokenformer.config.schema import Model
+from megatron_tokenformer.model.initialization import normal_rows
+from megatron_tokenformer.model.tokenformer import Embedding, FinalNorm, TokenformerLayer
+from megatron_tokenformer.parallel.collectives import TensorParallel
+
+
+class LanguageModel(nn.Module):
+    """Ids [b, s] to this rank's slice of the logits, [s, b, v / p], in one process per tensor rank."""
+
+    def __init__(self, model: Model, ranks: TensorParallel = TensorParallel()) -> None:
+        super().__init__()
+        self.embedding = Embedding(model, ranks)
+        self.layers = nn.Sequential(*(TokenformerLayer(model, ranks, i) for i in range(model.layers)))
+        self.final_norm = FinalNorm(model, ranks)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding.logits(self.final_norm(self.layers(self.embedding(tokens))))
+
+
+def pipeline_layers(model: Model, ranks: TensorParallel) -> list[LayerSpec]:
+    """The same model as layers for a PipelineModule; embedding and head are one tied weight."""
+    return [
+        TiedLayerSpec("embedding", Embedding, model, ranks),
+        *(LayerSpec(TokenformerLayer, model, ranks, i) for i in range(model.layers)),
+        LayerSpec(FinalNorm, model, ranks),
+        TiedLayerSpec("embedding", Embedding, model, ranks, forward_fn=Embedding.logits),
+    ]
+
+
+def language_model_loss(logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross entropy of [s, b, v / p] logits, summed with the weights given to each position.
+
+    Args:
+        logits: this rank's slice of the vocabulary; overwritten when fp32.
+        labels: next tokens [b, s], and fp32 weights [b, s], 0 where a position does not count.  Weights
+            are chosen so that the mean of this over micro-batches and data-parallel ranks is the mean over
+            the counted positions of the global batch.
+    """
+    targets, weights = labels
+    losses = vocab_parallel_cross_entropy(logits, targets.t().contiguous())
+    return (losses * weights.t()).sum()
+
+
+def canonical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters inside `module` (a stage, or a whole model) with their canonical names."""
+    for part in module.modules():
+        name = getattr(part, "canonical_name", None)
+        if name is not None:
+            yield from ((f"{name}.{inner}", p) for inner, p in part.named_parameters())
+
+
+def full_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the unsplit model, by canonical name."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in LanguageModel(model).named_parameters()}
+
+
+def initial_std(model: Model, name: str) -> float:
+    """Standard deviation of a parameter's initial values (those of the published models)."""
+    if name.endswith("value_tokens"):
+        return 2.0 / (model.layers * math.sqrt(model.hidden_size))
+    return 0.0 if name.startswith("final_norm.") else 0.02
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, model: Model, seed: int, ranks: TensorParallel) -> None:
+    """Give this rank's part of every parameter the values that the unsplit model would start with."""
+    shapes = full_shapes(model)
+    for name, parameter in canonical_parameters(module):
+        std = initial_std(model, name)
+        if std == 0.0:
+            parameter.zero_()
+        else:
+            rows, columns = shapes[name]
+            parameter.copy_(normal_rows(seed, name, ranks.rows(rows), columns, std))

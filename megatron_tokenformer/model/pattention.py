@@ -1,0 +1,94 @@
+"""Pattention: attention between the input and learnable parameter tokens, in place of a linear layer.
+
+    Pattention(X; K, V) = S(X K^T) V        X: [..., d_in]  K: [n, d_in]  V: [n, d_out]
+
+(arXiv 2410.23168, equations 4 to 6.)  S is one of the score norms in `kernels/score_norm.py`.  Tensor
+parallelism splits the n tokens: a rank's scores are its own, the row totals inside S are summed over ranks,
+and what comes out is a part of a sum, which the caller reduces where it suits the next operation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_tokenformer.config.schema import ScoreNorm
+from megatron_tokenformer.kernels import score_norm
+from megatron_tokenformer.parallel.collectives import (
+    TensorParallel,
+    copy_to_ranks,
+    max_over_ranks,
+    sum_from_ranks,
+    sum_over_ranks,
+)
+
+
+def normalised_scores(
+    scores: Sequence[Tensor], taus: Sequence[float], kind: ScoreNorm, ranks: TensorParallel
+) -> list[Tensor]:
+    """S of several score tensors, [..., n_i / ranks] each, with one reduction for all of them."""
+    maxima: Sequence[Tensor | None] = [None] * len(scores)
+    if kind == "softmax":
+        local = torch.cat([a.amax(dim=-1, keepdim=True) for a in scores], dim=-1)
+        maxima = max_over_ranks(local, ranks).split(1, dim=-1)
+    numerators = [score_norm.numerators(a, kind, m) for a, m in zip(scores, maxima)]
+    local_totals = torch.cat([score_norm.row_totals(a, kind) for a in numerators], dim=-1)
+    totals = sum_over_ranks(local_totals, ranks).split(1, dim=-1)
+    return [score_norm.weights(a, t, tau, kind) for a, t, tau in zip(numerators, totals, taus)]
+
+
+class Pattention(nn.Module):
+    """A projection from d_in to d_out through n parameter tokens; usable alone, in anybody's model.
+
+    Args:
+        d_in: width of the input.
+        d_out: width of the output.
+        tokens: n, the parameter tokens; divisible by the tensor-parallel size.
+        score_norm: how scores become weights.
+        ranks: the ranks that the tokens are split over; by default the layer is whole.
+
+    `tau` is a plain number that starts at sqrt(n) and is set from outside when a model has grown: it
+    belongs to the function that the model computes, not to the present number of tokens.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        tokens: int,
+        score_norm: ScoreNorm = "l2_norm_gelu",
+        ranks: TensorParallel = TensorParallel(),
+    ) -> None:
+        super().__init__()
+        if tokens % ranks.size:
+            raise ValueError(f"{tokens} parameter tokens cannot be split over {ranks.size} ranks")
+        self.tokens, self.kind, self.ranks = tokens, score_norm, ranks
+        self.tau = math.sqrt(tokens)
+        local = len(ranks.rows(tokens))
+        self.key_tokens = nn.Parameter(torch.empty(local, d_in))
+        self.value_tokens = nn.Parameter(torch.empty(local, d_out))
+        self.reset_parameters()
+
+    def reset_parameters(self, key_std: float = 0.02, value_std: float = 0.02) -> None:
+        """Draw K and V from normal distributions of these standard deviations."""
+        nn.init.normal_(self.key_tokens, std=key_std)
+        nn.init.normal_(self.value_tokens, std=value_std)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """A = X K^T over this rank's tokens: [..., d_in] to [..., n / ranks]."""
+        return x @ self.key_tokens.t()
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's part of the output, [..., d_out]; the output is the sum over ranks."""
+        (weights,) = normalised_scores([self.scores(x)], [self.tau], self.kind, self.ranks)
+        return weights @ self.value_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] to [..., d_out], the same on every rank."""
+        return sum_from_ranks(self.partial(copy_to_ranks(x, self.ranks)), self.ranks)
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.tokens}, score_norm={self.kind}, tau={self.tau:g}"

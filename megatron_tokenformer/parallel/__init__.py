@@ -1,0 +1,1 @@
+"""Which process holds what, and the differentiable collectives between them."""

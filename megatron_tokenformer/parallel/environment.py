@@ -1,0 +1,67 @@
+"""Who this process is: rank, world and master address from whichever launcher started it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_tokenformer.errors import UserError
+
+# What each launcher calls (rank, local rank, world size); the first one found is believed.
+LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    launcher: str
+    rank: int
+    local_rank: int
+    world_size: int
+    master_address: str
+    master_port: int
+
+    def export(self) -> None:
+        """Put these facts where torch.distributed and DeepSpeed read them."""
+        os.environ.update(
+            RANK=str(self.rank),
+            LOCAL_RANK=str(self.local_rank),
+            WORLD_SIZE=str(self.world_size),
+            MASTER_ADDR=self.master_address,
+            MASTER_PORT=str(self.master_port),
+        )
+
+
+def find_processes(environment: Mapping[str, str] = os.environ) -> Processes:
+    """Read the launcher's variables; without a launcher this is the only process.
+
+    Raises:
+        UserError: a launcher that says the rank but not where the first process listens.
+    """
+    for launcher, names in LAUNCHERS.items():
+        if not all(name in environment for name in names):
+            continue
+        rank, local_rank, world_size = (int(environment[name]) for name in names)
+        if launcher == "srun" and "SLURM_STEP_NODELIST" not in environment:
+            continue  # a shell inside an allocation, not a task started by srun
+        address = environment.get("MASTER_ADDR") or ("127.0.0.1" if world_size == 1 else None)
+        if address is None and launcher == "srun":
+            address = environment.get("SLURM_LAUNCH_NODE_IPADDR")
+        if address is None:
+            raise UserError(f"{launcher} set {names[0]} but not MASTER_ADDR; export the first host's address")
+        return Processes(launcher, rank, local_rank, world_size, address, _port(environment))
+    return Processes("no launcher", 0, 0, 1, "127.0.0.1", _port(environment))
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """MASTER_PORT, else one that two jobs on a node do not share; 0 (any) is only good for one process."""
+    if "MASTER_PORT" in environment:
+        return int(environment["MASTER_PORT"])
+    job = environment.get("SLURM_JOB_ID")
+    return 10_000 + int(job) % 20_000 if job else 0

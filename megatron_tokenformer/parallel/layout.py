@@ -1,0 +1,175 @@
+"""Start the processes' communication, and the one place where DeepSpeed's and megatron-core's layouts agree.
+
+Both number processes with the tensor-parallel rank running fastest, then data, then pipeline.  megatron-core
+makes the tensor-parallel group (its cross entropy needs it); DeepSpeed's topology makes the rest.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core import parallel_state
+
+from megatron_tokenformer.config.schema import Parallel
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.parallel.collectives import TensorParallel
+from megatron_tokenformer.parallel.environment import Processes
+from megatron_tokenformer.quiet import quiet_start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands: its coordinates, its tensor-parallel ranks, its device."""
+
+    processes: Processes
+    tensor: TensorParallel
+    topology: PipeModelDataParallelTopology
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    data_group: dist.ProcessGroup
+    device: torch.device
+    timeout: timedelta
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.processes.rank
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.processes.rank == 0
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this stage needs batches: the first for inputs, the last for labels."""
+        return self.pipeline_rank in (0, self.pipeline_size - 1)
+
+    def __str__(self) -> str:
+        split = f"tensor {self.tensor.size}, pipeline {self.pipeline_size}, data {self.data_size}"
+        sequence = ", sequence parallel" if self.tensor.sequence else ""
+        return (
+            f"{self.processes.world_size} process(es) started by {self.processes.launcher}: "
+            f"{split}{sequence}; {self.device.type}, {dist.get_backend()}"
+        )
+
+
+def start(parallel: Parallel, processes: Processes) -> Layout:
+    """Join the run's other processes and build every group.
+
+    Args:
+        parallel: a layout that divides the processes (`config.schema.check_world`).
+        processes: who this process is (`environment.find_processes`).
+
+    Raises:
+        UserError: the processes do not find each other, or there are more than GPUs on this host.
+    """
+    device = _device(processes)
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    _join(processes, device, timeout)
+    with quiet_start():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            distributed_timeout_minutes=parallel.timeout_minutes,
+            create_gloo_process_groups=False,
+        )
+    return _locate(parallel, processes, device, timeout)
+
+
+def stop() -> None:
+    """Leave the groups, so that a process ends without complaints and a next run can start in it."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def limit_grid_timeouts(grid: object, timeout: timedelta) -> None:
+    """Give the groups that DeepSpeed's grid made the run's time-out; it makes them with 30 minutes."""
+    for name in ("ds_model_proc_group", "dp_proc_group", "pp_proc_group", "slice_proc_group"):
+        group = getattr(grid, name, None)
+        if group is not None:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _device(processes: Processes) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if processes.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {processes.local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
+            f"start as many processes on it as it has GPUs"
+        )
+    torch.cuda.set_device(processes.local_rank)
+    return torch.device("cuda", processes.local_rank)
+
+
+def _join(processes: Processes, device: torch.device, timeout: timedelta) -> None:
+    if processes.master_port == 0:
+        processes = Processes(**{**vars(processes), "master_port": free_port()})
+    processes.export()
+    if device.type == "cpu":
+        # On CPU DeepSpeed compiles a shared-memory collective for inference at every first start: 40 s, and
+        # a crash without a compiler.  An empty table of compatible operators leaves it out.
+        deepspeed.ops.__compatible_ops__ = {}
+    try:
+        with quiet_start():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                timeout=timeout,
+            )
+    except dist.DistStoreError as error:
+        raise UserError(
+            f"rank {processes.rank} found not all {processes.world_size} processes at "
+            f"{processes.master_address}:{processes.master_port} within {timeout}: {error}",
+            exit_code=1,
+        ) from None
+
+
+def _locate(parallel: Parallel, processes: Processes, device: torch.device, timeout: timedelta) -> Layout:
+    data_size = processes.world_size // (parallel.tensor * parallel.pipeline)
+    topology = PipeModelDataParallelTopology(
+        num_pp=parallel.pipeline, num_mp=parallel.tensor, num_dp=data_size
+    )
+    here = topology.get_coord(processes.rank)
+    theirs = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    if (here.pipe, here.data, here.model) != theirs:
+        raise RuntimeError(f"DeepSpeed puts rank {processes.rank} at {here}, megatron-core at {theirs}")
+    tensor = TensorParallel(
+        parallel_state.get_tensor_model_parallel_group(),
+        here.model,
+        parallel.tensor,
+        parallel.sequence and parallel.tensor > 1,
+    )
+    return Layout(
+        processes=processes,
+        tensor=tensor,
+        topology=topology,
+        pipeline_rank=here.pipe,
+        pipeline_size=parallel.pipeline,
+        data_rank=here.data,
+        data_size=data_size,
+        data_group=parallel_state.get_data_parallel_group(),
+        device=device,
+        timeout=timeout,
+    )
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
