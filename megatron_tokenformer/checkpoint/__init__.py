@@ -1,0 +1,1 @@
+"""Checkpoints as intervals of flattened parameters: written by any layout, read by any other, and grown."""

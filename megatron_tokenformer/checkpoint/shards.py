@@ -1,0 +1,108 @@
+"""Shard files: safetensors holding fp32 intervals, written as a stream and read by slice.
+
+The safetensors library writes only tensors that are all in memory; growth writes files larger than that, so
+the writer here declares its entries first and then takes their bytes in order.  Reading is the library's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from io import FileIO
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, Shard
+from megatron_tokenformer.errors import UserError
+
+BLOCK_ELEMENTS = 4 * 1024 * 1024
+
+
+def write_shard(path: Path, intervals: list[Interval], states: list[str], data: Iterable[Tensor]) -> Shard:
+    """Write a shard: for each interval in turn, its states in the order given.
+
+    Args:
+        data: the elements, fp32, in that order; cut into pieces anywhere.
+
+    Raises:
+        ValueError: `data` has more or fewer elements than the intervals.
+    """
+    header: dict[str, object] = {}
+    offset = 0
+    for interval in intervals:
+        for state in states:
+            end = offset + 4 * (interval.stop - interval.start)
+            header[interval.key(state)] = {
+                "dtype": "F32",
+                "shape": [interval.stop - interval.start],
+                "data_offsets": [offset, end],
+            }
+            offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, written = xxhash.xxh3_128(), 0
+    with open(path, "wb", buffering=0) as file:
+        start = len(text).to_bytes(8, "little") + text
+        digest.update(start)
+        _write_all(file, memoryview(start))
+        for piece in data:
+            block = memoryview(piece.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B")
+            digest.update(block)
+            _write_all(file, block)
+            written += len(block)
+        if written != offset:
+            raise ValueError(f"{path}: {written} bytes for intervals of {offset}")
+        os.fsync(file.fileno())
+    return Shard(path.name, 8 + len(text) + offset, digest.hexdigest(), intervals)
+
+
+def _write_all(file: FileIO, block: memoryview) -> None:
+    """A raw file writes at most 2 GB at once."""
+    while block:
+        block = block[file.write(block) :]
+
+
+class IntervalReader:
+    """Reads any interval of any tensor of a checkpoint, from whichever shards hold it."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._open: dict[str, safe_open] = {}
+
+    def read(self, wanted: Interval, state: str) -> Iterator[tuple[int, Tensor]]:
+        """Pieces of at most BLOCK_ELEMENTS of one state, as (first element, fp32 values), in order.
+
+        Raises:
+            UserError: a shard that is not what the manifest says.
+        """
+        for shard, stored in self.manifest.locate(wanted):
+            start, stop = max(wanted.start, stored.start), min(wanted.stop, stored.stop)
+            for first in range(start, stop, BLOCK_ELEMENTS):
+                last = min(first + BLOCK_ELEMENTS, stop)
+                yield first, self._slice(shard, stored, state, first, last)
+
+    def _slice(self, shard: Shard, stored: Interval, state: str, first: int, last: int) -> Tensor:
+        try:
+            if shard.file not in self._open:
+                self._open[shard.file] = safe_open(self.folder / shard.file, framework="pt")
+            values = self._open[shard.file].get_slice(stored.key(state))
+            if values.get_shape() != [stored.stop - stored.start] or values.get_dtype() != "F32":
+                raise SafetensorError("its entry has another size than the manifest says")
+            return values[first - stored.start : last - stored.start]
+        except (SafetensorError, OSError) as error:
+            place = f"{self.folder / shard.file}, {stored.key(state)}"
+            raise UserError(f"checkpoint shard {place}: {error}", 1) from None
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file, read in blocks."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

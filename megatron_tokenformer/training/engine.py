@@ -1,0 +1,127 @@
+"""The engine: a Tokenformer as a DeepSpeed pipeline with ZeRO-1, the same for one process and for many.
+
+Everything that DeepSpeed needs to be told for this to be right is told here, with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from megatron_tokenformer.config.schema import Optimizer, RunConfig
+from megatron_tokenformer.model.language_model import (
+    canonical_parameters,
+    full_shapes,
+    initialize,
+    language_model_loss,
+    pipeline_layers,
+)
+from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
+from megatron_tokenformer.quiet import quiet_start
+
+Precision = str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """DeepSpeed's engine, with what the rest of the run needs to know about it."""
+
+    deepspeed: PipelineEngine
+    precision: Precision
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW inside ZeRO's optimizer, over this rank's flat fp32 partition."""
+        return self.deepspeed.optimizer.optimizer
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+
+def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine:
+    """Build this rank's stage with its initial weights and hand it to DeepSpeed."""
+    precision = resolve_precision(config, layout)
+    with quiet_start():
+        module = deepspeed.PipelineModule(
+            layers=pipeline_layers(config.model, layout.tensor),
+            topology=layout.topology,
+            loss_fn=language_model_loss,
+            # 'parameters' would build every layer of the model on every rank just to count.
+            partition_method="type:TokenformerLayer",
+            activation_checkpoint_interval=1 if config.training.recompute == "layer" else 0,
+            checkpointable_layers=["TokenformerLayer"],
+        )
+        mark_tensor_parallel(module, config)
+        initialize(module, config.model, config.training.seed, layout.tensor)
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            # One group: a group that exists on one pipeline stage alone hangs the norm's collective.
+            optimizer=adamw(list(module.parameters()), config.optimizer),
+            config=deepspeed_config(config, precision, accumulation),
+            dist_init_required=False,
+        )
+    limit_grid_timeouts(engine.grid, layout.timeout)
+    return Engine(engine, precision)
+
+
+def adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
+    """torch's fused AdamW with the run's settings."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        fused=True,
+    )
+
+
+def resolve_precision(config: RunConfig, layout: Layout) -> Precision:
+    """`auto` as bf16 on a GPU and fp32 without one."""
+    if config.training.precision != "auto":
+        return config.training.precision
+    return "bf16" if layout.device.type == "cuda" else "fp32"
+
+
+def mark_tensor_parallel(module: torch.nn.Module, config: RunConfig) -> None:
+    """Mark the parameters that are split over tensor-parallel ranks.
+
+    DeepSpeed counts an unmarked one on the first rank only: the gradient norm is wrong and nothing complains.
+    All parameters of two dimensions are split on their rows; the final norm is whole on every rank.
+    """
+    shapes = full_shapes(config.model)
+    for name, parameter in canonical_parameters(module):
+        parameter.tensor_model_parallel = len(shapes[name]) == 2  # type: ignore[attr-defined]
+
+
+def deepspeed_config(config: RunConfig, precision: Precision, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for this run."""
+    settings: dict[str, Any] = {
+        "train_batch_size": config.training.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        # 0 for no clipping must be said: left out it means 1.
+        "gradient_clipping": config.optimizer.clip_grad,
+        "steps_per_print": None,
+        "zero_optimization": {
+            # Stage 0 with a pipeline clips by a wrong norm and lets a NaN reach the weights.
+            "stage": 1,
+            # The default of 5e8 elements is allocated at every step.
+            "reduce_bucket_size": 50_000_000,
+        },
+        # The default scatters stage boundaries over tensor ranks, wrong under sequence parallelism.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
+    }
+    if precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        # Otherwise micro-batches accumulate in bf16.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif precision == "fp16":
+        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
+    return settings

@@ -1,0 +1,253 @@
+"""The training loop: restore, then step, log, evaluate, save until the run has its steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_tokenformer.checkpoint import engine_state, store
+from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
+from megatron_tokenformer.config.load import dump_config
+from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.config.sizes import device_peak, flops_per_token, parameter_count
+from megatron_tokenformer.data.batches import Blend, open_blend
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.model.language_model import full_shapes
+from megatron_tokenformer.model.tau import set_taus
+from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.batches import Batch, pipeline_batches
+from megatron_tokenformer.training.engine import Engine, build_engine
+from megatron_tokenformer.training.metrics import MetricsLog
+from megatron_tokenformer.training.progress import Progress
+from megatron_tokenformer.training.schedule import learning_rate
+
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run in this process: what is fixed, and the progress that moves."""
+
+    config: RunConfig
+    layout: Layout
+    engine: Engine
+    accumulation: int
+    training_data: Blend
+    validation_data: Blend | None
+    progress: Progress
+    log: MetricsLog
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's checkpoints are."""
+        return checkpoint_folder(self.config)
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    """Where a run writes its checkpoints."""
+    return Path(config.run_dir) / "checkpoints"
+
+
+def train(config: RunConfig, layout: Layout) -> Progress:
+    """Run until `training.steps`, from the run's own newest checkpoint, or `checkpoint.load`, or the start.
+
+    Raises:
+        UserError: data, checkpoint and configuration do not fit together, or a save failed.
+    """
+    accumulation = check_world(config, layout.processes.world_size)
+    training_data, validation_data = open_data(config)
+    restored = find_restore_point(config)
+    progress = Progress.from_manifest(restored[1]) if restored else Progress.fresh(config)
+    if progress.step >= config.training.steps and layout.is_main:
+        print(f"{config.run_dir} has its {config.training.steps} steps already", flush=True)
+    engine = build_engine(config, layout, accumulation)
+    if restored:
+        engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
+    with MetricsLog(config, progress.step, layout.is_main) as log:
+        run = Run(config, layout, engine, accumulation, training_data, validation_data, progress, log)
+        announce(run, restored)
+        _train_steps(run)
+    return progress
+
+
+def _train_steps(run: Run) -> None:
+    training, progress = run.config.training, run.progress
+    if progress.step == 0:
+        evaluate(run)
+    batches = pipeline_batches(run.training_data, progress.position, run.config, run.layout, run.accumulation)
+    started, since = time.perf_counter(), progress.step
+    while progress.step < training.steps:
+        loss = train_step(run, batches)
+        if progress.step % training.log_interval == 0 or progress.step == training.steps:
+            progress.loss = loss.item()
+            now = time.perf_counter()
+            log_step(run, (now - started) / (progress.step - since))
+            started, since = now, progress.step
+        if due(training.eval_interval, progress.step, training.steps):
+            evaluate(run)
+            started, since = time.perf_counter(), progress.step
+        if due(run.config.checkpoint.interval, progress.step, training.steps):
+            save(run)
+            started, since = time.perf_counter(), progress.step
+    finish(run)
+
+
+def train_step(run: Run, batches: Iterator[Batch]) -> torch.Tensor:
+    """One optimizer step over one global batch; returns its mean loss, the same on every rank."""
+    config, progress = run.config, run.progress
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, progress.step, config.training.steps)
+    set_taus(run.engine.deepspeed.module, progress.taus, progress.step)
+    # 1F1B over the micro-batches; gradients summed over tied stages and data ranks; clip; AdamW; all-gather.
+    loss: torch.Tensor = run.engine.deepspeed.train_batch(batches)
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    progress.step += 1
+    progress.position += config.training.global_batch_size
+    progress.tokens += tokens
+    progress.flops += tokens * flops_per_token(config.model, config.data.sequence_length)
+    run.log.advance()
+    return loss
+
+
+def due(interval: int, step: int, steps: int) -> bool:
+    """Whether something done every `interval` steps (0: never) and at the end is due after `step`."""
+    return step == steps or (interval > 0 and step % interval == 0)
+
+
+def evaluate(run: Run) -> None:
+    """Measure the validation loss over the first `eval_steps` global batches of the validation data."""
+    training, progress = run.config.training, run.progress
+    if run.validation_data is None or training.eval_steps == 0:
+        return
+    set_taus(run.engine.deepspeed.module, progress.taus, progress.step)
+    batches = pipeline_batches(run.validation_data, 0, run.config, run.layout, run.accumulation)
+    loss = run.engine.deepspeed.eval_batch(batches, num_micro_batches=training.eval_steps * run.accumulation)
+    before, progress.val_loss = progress.val_loss, loss.item()
+    if progress.step == 0 and progress.history and before is not None:
+        change = progress.val_loss - before
+        run.log.say(
+            f"grown: validation loss {before:.6f} before, {progress.val_loss:.6f} now ({change:+.0e})"
+        )
+    row = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "flops": progress.flops,
+        "val_loss": progress.val_loss,
+        "val_ppl": math.exp(min(progress.val_loss, 700.0)),
+    }
+    run.log.evaluation(row)
+
+
+def log_step(run: Run, seconds: float) -> None:
+    """Log the last step; `seconds` is the mean time of the steps since the last log line."""
+    config, progress = run.config, run.progress
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    row = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "loss": progress.loss,
+        "lr": learning_rate(config.optimizer, progress.step - 1, config.training.steps),
+        "grad_norm": run.engine.grad_norm,
+        "step_time_s": seconds,
+        "tokens_per_s": tokens / seconds,
+        "flops": progress.flops,
+    }
+    peak = _device_peak(run)
+    if peak is not None:
+        row["mfu"] = tokens * flops_per_token(config.model, config.data.sequence_length) / seconds / peak
+    run.log.training(row)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this moment and delete those that are no longer kept."""
+    zero, module = run.engine.deepspeed.optimizer, run.engine.deepspeed.module
+    manifest = run.progress.manifest(run.config, run.layout)
+    path = engine_state.save(module, zero, run.layout, run.folder, manifest)
+    if run.layout.is_main:
+        store.retain(run.folder, run.config.checkpoint.keep_last)
+    run.log.say(f"saved {path}")
+
+
+def finish(run: Run) -> None:
+    """Record that the run has all its steps; launchers' exit codes do not prove it."""
+    if run.layout.is_main:
+        progress = run.progress
+        record = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "flops": progress.flops,
+            "loss": progress.loss,
+            "val_loss": progress.val_loss,
+            "parameters": parameter_count(run.config.model),
+            "checkpoint": str(store.find_checkpoint(run.folder)),
+        }
+        store.replace_durably(Path(run.config.run_dir) / FINISHED, json.dumps(record, indent=1) + "\n")
+
+
+def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
+    """The training and validation blends, checked against the model's vocabulary."""
+    if not config.data.train:
+        raise UserError("data.train is empty; give the prefix of a preprocessed dataset, data.train=PREFIX")
+    length, seed = config.data.sequence_length, config.training.seed
+    training = open_blend(config.data.train, length, seed)
+    validation = open_blend(config.data.validation, length, seed) if config.data.validation else None
+    for blend in filter(None, (training, validation)):
+        blend.check_vocabulary(config.model.vocab_size)
+    return training, validation
+
+
+def find_restore_point(config: RunConfig) -> tuple[Path, Manifest] | None:
+    """The run's own newest checkpoint, else the one to load, else None; checked to fit the model.
+
+    Raises:
+        UserError: there is none where one was asked for, or it is of another model.
+    """
+    found = store.load_newest(checkpoint_folder(config))
+    if found is None and config.checkpoint.load is not None:
+        path = store.find_checkpoint(config.checkpoint.load)
+        found = path, read_manifest(path)
+    if found is None:
+        return None
+    path, manifest = found
+    for name, shape in full_shapes(config.model).items():
+        stored = manifest.shapes.get(name)
+        if stored != list(shape):
+            raise UserError(
+                f"checkpoint {path} has {name} of shape {stored}, the config's model has {list(shape)}; "
+                f"use its own config, or grow it with tools/grow_checkpoint.py"
+            )
+    return found
+
+
+def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
+    """Say what runs, on what, from where; and keep the resolved config beside the results."""
+    if not run.layout.is_main:
+        return
+    config, progress = run.config, run.progress
+    store.replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
+    tokens = config.model.tokens
+    run.log.say(
+        f"{parameter_count(config.model):,} parameters ({tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per "
+        f"layer), {run.engine.precision}; {run.layout}"
+    )
+    if restored:
+        seen = f"{progress.tokens:,} tokens seen"
+        run.log.say(f"from {restored[0]} at step {progress.step}, {seen}")
+    needed = config.training.steps * config.training.global_batch_size
+    for source in run.training_data.sources:
+        epochs = needed * source.weight / source.windows
+        run.log.say(f"data {source.prefix}: {source.tokens:,} tokens, {epochs:.2f} epochs in this run")
+
+
+def _device_peak(run: Run) -> float | None:
+    """Peak of all the run's devices together, for MFU; None off the GPU, for unknown ones, and in fp32."""
+    if run.layout.device.type != "cuda" or run.engine.precision == "fp32":
+        return None
+    peak = device_peak(torch.cuda.get_device_name(run.layout.device))
+    return None if peak is None else peak * run.layout.processes.world_size

@@ -1,0 +1,150 @@
+"""What a run says: a line on the terminal, a row in metrics.jsonl, and Weights & Biases or TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from megatron_tokenformer.checkpoint.store import replace_durably
+from megatron_tokenformer.config.schema import RunConfig
+
+METRICS = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Somewhere that numbers go, by name and step."""
+
+    def log(self, row: dict[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """The run's numbers, on the main rank; on the others it does nothing.
+
+    Args:
+        config: of the run; `run_dir` and `logging` are read.
+        step: where the run goes on; rows after it are of steps that are done again, and are dropped.
+    """
+
+    def __init__(self, config: RunConfig, step: int, is_main: bool) -> None:
+        self.is_main, self.steps = is_main, config.training.steps
+        self._sinks: list[Sink] = []
+        if not is_main:
+            return
+        folder = Path(config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        drop_rows_after(folder / METRICS, step)
+        self._file = open(folder / METRICS, "a", encoding="utf-8")
+        self._bar = tqdm(total=self.steps, initial=step, unit="step", disable=None, leave=False)
+        if config.logging.wandb.mode != "disabled":
+            self._sinks.append(_WandbSink(config))
+        if config.logging.tensorboard:
+            self._sinks.append(_TensorboardSink(folder / "tensorboard"))
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.is_main:
+            self._bar.close()
+            self._file.close()
+            for sink in self._sinks:
+                sink.close()
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.is_main:
+            self._bar.write(text)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.is_main:
+            self._bar.update()
+
+    def training(self, row: dict[str, Any]) -> None:
+        """A logged training step."""
+        rate = f"{row['tokens_per_s']:,.0f} tokens/s"
+        mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        self.say(
+            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
+            f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  "
+            f"{row['step_time_s'] * 1000:,.0f} ms  {rate}{mfu}"
+        )
+        self._write(row)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """A validation loss."""
+        self.say(
+            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  "
+            f"validation loss {row['val_loss']:.6f}  perplexity {row['val_ppl']:.3f}"
+        )
+        self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.is_main:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for sink in self._sinks:
+                sink.log(row, row["step"])
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Drop the rows of a metrics file that belong to later steps, and a last row that is cut short."""
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    replace_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last one that is cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class _WandbSink:
+    def __init__(self, config: RunConfig) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb  # costs a second, and is an option
+
+        self._run = wandb.init(
+            project=config.logging.wandb.project,
+            name=Path(config.run_dir).name,
+            dir=config.run_dir,
+            mode=config.logging.wandb.mode,
+            config=config.model_dump(mode="json"),
+        )
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        self._run.log(row, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorboardSink:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # needs the tensorboard extra
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,73 @@
+"""Train one model: what `deepspeed`, `torchrun`, `srun` or plain `python` start in every process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_tokenformer.config.load import load_config
+from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.errors import UserError, run_cli
+from megatron_tokenformer.parallel.environment import find_processes
+from megatron_tokenformer.quiet import quiet_imports
+
+EPILOG = """\
+A run goes on from its own newest checkpoint in RUN_DIR/checkpoints; a new run starts from checkpoint.load if
+that is given (a checkpoint, or a folder of them).  On a GPU it uses bf16 and nccl, without one fp32 and gloo.
+
+examples:
+  python -m megatron_tokenformer.training.pretrain --config configs/tokenformer-124m.yaml
+  torchrun --nproc-per-node 2 -m megatron_tokenformer.training.pretrain --config FILE parallel.tensor=2
+  deepspeed --hostfile hosts --module megatron_tokenformer.training.pretrain --config FILE training.steps=9
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, join the other processes, train."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_tokenformer.training.pretrain",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        pretrain(config)
+    except UserError as error:
+        return _tell(error)
+    return 0
+
+
+def pretrain(config: RunConfig) -> None:
+    """Train in this process as one of the run's."""
+    processes = find_processes()
+    check_world(config, processes.world_size)
+    # Imported when the configuration is known to be right: torch, DeepSpeed and megatron-core take seconds.
+    with quiet_imports():
+        from megatron_tokenformer.parallel import layout
+        from megatron_tokenformer.training.loop import train
+
+    here = layout.start(config.parallel, processes)
+    try:
+        train(config, here)
+    finally:
+        layout.stop()
+
+
+def _tell(error: UserError) -> int:
+    """Say a mistake in the configuration once, and a failure of the run with the rank that it struck."""
+    rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
+    if error.exit_code == 2 and rank != "0":
+        return error.exit_code
+    where = "" if alone or error.exit_code == 2 else f"rank {rank}: "
+    print(f"error: {where}{error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    run_cli(main)
