@@ -1,4 +1,4 @@
-"""The language model: as one module, as the list of layers that DeepSpeed cuts into stages, and its loss.
+"""The language model as one module, and the names, shapes and initial values of its parameters.
 
 A parameter's canonical name is its name in `LanguageModel`: `layers.3.attention.query.key_tokens`.  It says
 nothing of stages or ranks; checkpoints, initial values and growth go by it.
@@ -10,8 +10,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from deepspeed.pipe import LayerSpec, TiedLayerSpec
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
 from megatron_tokenformer.config.schema import Model
@@ -31,30 +29,6 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.embedding.logits(self.final_norm(self.layers(self.embedding(tokens))))
-
-
-def pipeline_layers(model: Model, ranks: TensorParallel) -> list[LayerSpec]:
-    """The same model as layers for a PipelineModule; embedding and head are one tied weight."""
-    return [
-        TiedLayerSpec("embedding", Embedding, model, ranks),
-        *(LayerSpec(TokenformerLayer, model, ranks, i) for i in range(model.layers)),
-        LayerSpec(FinalNorm, model, ranks),
-        TiedLayerSpec("embedding", Embedding, model, ranks, forward_fn=Embedding.logits),
-    ]
-
-
-def language_model_loss(logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross entropy of [s, b, v / p] logits, summed with the weights given to each position.
-
-    Args:
-        logits: this rank's slice of the vocabulary; overwritten when fp32.
-        labels: next tokens [b, s], and fp32 weights [b, s], 0 where a position does not count.  Weights
-            are chosen so that the mean of this over micro-batches and data-parallel ranks is the mean over
-            the counted positions of the global batch.
-    """
-    targets, weights = labels
-    losses = vocab_parallel_cross_entropy(logits, targets.t().contiguous())
-    return (losses * weights.t()).sum()
 
 
 def canonical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

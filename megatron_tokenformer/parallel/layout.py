@@ -7,6 +7,7 @@ makes the tensor-parallel group (its cross entropy needs it); DeepSpeed's topolo
 from __future__ import annotations
 
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -72,6 +73,10 @@ def start(parallel: Parallel, processes: Processes) -> Layout:
     Raises:
         UserError: the processes do not find each other, or there are more than GPUs on this host.
     """
+    # torch 2.13 renames collectives that DeepSpeed, and we for the sake of 2.11, call by their old names.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     device = _device(processes)
     timeout = timedelta(minutes=parallel.timeout_minutes)
     _join(processes, device, timeout)

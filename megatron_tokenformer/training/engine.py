@@ -10,16 +10,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron_tokenformer.config.schema import Optimizer, RunConfig
-from megatron_tokenformer.model.language_model import (
-    canonical_parameters,
-    full_shapes,
-    initialize,
-    language_model_loss,
-    pipeline_layers,
-)
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
+from megatron_tokenformer.model.pipeline import language_model_loss, pipeline_layers
 from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
 from megatron_tokenformer.quiet import quiet_start
 
@@ -83,7 +80,13 @@ def adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.o
 
 
 def resolve_precision(config: RunConfig, layout: Layout) -> Precision:
-    """`auto` as bf16 on a GPU and fp32 without one."""
+    """`auto` as bf16 on a GPU and fp32 without one.
+
+    Raises:
+        UserError: fp16 on a processor that cannot compute in it.
+    """
+    if config.training.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError("training.precision=fp16 is not supported on this device; bf16 or fp32 would work")
     if config.training.precision != "auto":
         return config.training.precision
     return "bf16" if layout.device.type == "cuda" else "fp32"

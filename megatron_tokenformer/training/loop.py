@@ -230,6 +230,7 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
     if not run.layout.is_main:
         return
     config, progress = run.config, run.progress
+    (Path(config.run_dir) / FINISHED).unlink(missing_ok=True)
     store.replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
     tokens = config.model.tokens
     run.log.say(

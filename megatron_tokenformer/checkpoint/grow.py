@@ -1,0 +1,202 @@
+"""Growth: append parameter tokens to every Pattention of a checkpoint.
+
+    K' = [K; K_new]    V' = [V; V_new]
+
+New tokens are rows at the end, so every stored interval of the old model is an interval of the new one,
+element for element.  Growing is: copy the shards as they are, and add one shard with the new rows.
+
+With K_new = 0 and tau kept, the function is exactly the same: a new token's score is 0, so it adds nothing
+to the row total that scores are normalised by, and its weight is gelu(0) = 0.  (Under softmax a score of 0
+has weight, so growth there is not exact.)
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_tokenformer.checkpoint import store
+from megatron_tokenformer.checkpoint.manifest import (
+    WEIGHT,
+    Interval,
+    Manifest,
+    Shard,
+    read_manifest,
+)
+from megatron_tokenformer.checkpoint.shards import IntervalReader, file_hash, write_shard
+from megatron_tokenformer.config.schema import Model, RunConfig
+from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.model.initialization import normal_row_blocks
+from megatron_tokenformer.model.language_model import full_shapes, initial_std
+from megatron_tokenformer.model.tau import (
+    ROLES,
+    Taus,
+    TauSchedule,
+    constant_tau,
+    taus_from_json,
+    taus_to_json,
+)
+
+Start = Literal["zero", "normal"]
+
+
+@dataclass(frozen=True)
+class GrowthRule:
+    """How new tokens start, and what becomes of tau and of the optimizer."""
+
+    keys: Start = "zero"
+    values: Start = "normal"
+    tau: Literal["keep", "anneal", "sqrt"] = "keep"
+    """keep: the number stays; anneal: it goes to sqrt(n + m) over `tau_steps` steps; sqrt: it jumps there"""
+    tau_steps: int = 0
+    optimizer: Literal["carry", "reset"] = "carry"
+    """carry: old rows keep their Adam moments and the step count, new rows start at zero; reset: all do"""
+    allow_inexact: bool = False
+    """growing under softmax, where the function changes"""
+
+
+def grow(source: Path, target: RunConfig, folder: Path, rule: GrowthRule) -> tuple[Path, Manifest]:
+    """Grow a checkpoint to the token counts of `target.model`; return the new one, at step 0 of its run.
+
+    Reads and writes in blocks of rows; no more than one is in memory.  The source is left as it is.
+
+    Raises:
+        UserError: the models differ in more than tokens, or the rule cannot learn or is not exact.
+    """
+    old = read_manifest(source)
+    before = Model.model_validate(old.config["model"])
+    check_growth(before, target.model, rule)
+    shapes = full_shapes(target.model)
+    taus = grown_taus(taus_from_json(old.taus), old.step, target.model, rule)
+    states = [WEIGHT] if rule.optimizer == "reset" else old.states
+    temporary = folder / store.temporary_name(0)
+    store.make_empty(temporary)
+    shards = _old_shards(source, old, states, temporary)
+    new = temporary / f"grown-{len(old.history) + 1:03d}.safetensors"
+    shards.append(_new_rows(new, states, target, old, rule))
+    entry = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "from": str(source),
+        "step": old.step,
+        "val_loss": old.val_loss,
+        "tokens_before": before.tokens.model_dump(),
+        "tokens_after": target.model.tokens.model_dump(),
+        "parameters_before": parameter_count(before),
+        "parameters_after": parameter_count(target.model),
+        **vars(rule),
+    }
+    grown = replace(
+        old,
+        config=target.model_dump(mode="json"),
+        step=0,
+        adam_step=old.adam_step if rule.optimizer == "carry" else 0,
+        taus=taus_to_json(taus),
+        shapes={name: list(shape) for name, shape in shapes.items()},
+        states=states,
+        shards=shards,
+        history=[*old.history, entry],
+    )
+    return store.publish(temporary, grown), grown
+
+
+def check_growth(before: Model, after: Model, rule: GrowthRule) -> None:
+    """Refuse what is not growth of tokens, or would not work.
+
+    Raises:
+        UserError: names both values, or the options that contradict each other.
+    """
+    if rule.keys == rule.values == "zero":
+        raise UserError("--keys zero and --values zero together never learn; leave one of them normal")
+    if rule.tau == "anneal" and rule.tau_steps < 1:
+        raise UserError("--tau anneal needs --tau-steps N, the steps of the next stage that it takes")
+    if after.score_norm == "softmax" and not rule.allow_inexact:
+        raise UserError(
+            "under model.score_norm=softmax a new token has weight even with a zero key, so growth changes "
+            "the function; --allow-inexact grows all the same, and the next stage tells the change of loss"
+        )
+    for key in Model.model_fields:
+        old, new = getattr(before, key), getattr(after, key)
+        if key != "tokens" and old != new:
+            raise UserError(
+                f"growth keeps model.{key}: the checkpoint has {old}, the config {new}; only tokens grow"
+            )
+    counts = {role: (getattr(before.tokens, role), getattr(after.tokens, role)) for role in ROLES}
+    for role, (old, new) in counts.items():
+        if new < old:
+            raise UserError(
+                f"growth takes no tokens: model.tokens.{role}={old} in the checkpoint, {new} in the config"
+            )
+    if all(old == new for old, new in counts.values()):
+        raise UserError(f"nothing to grow: checkpoint and config have the same tokens, {before.tokens}")
+
+
+def grown_taus(taus: Taus, step: int, model: Model, rule: GrowthRule) -> Taus:
+    """tau of the next run, from its value at the step where the old one stopped."""
+    grown: Taus = {}
+    for role in ROLES:
+        now, natural = taus[role].at(step), math.sqrt(getattr(model.tokens, role))
+        grown[role] = {
+            "keep": constant_tau(now),
+            "anneal": TauSchedule(now, natural, rule.tau_steps),
+            "sqrt": constant_tau(natural),
+        }[rule.tau]
+    return grown
+
+
+def _old_shards(source: Path, old: Manifest, states: list[str], folder: Path) -> list[Shard]:
+    """The old shards in the new folder: as bytes if all states stay, else rewritten without the others."""
+    shards = []
+    total = sum(shard.size for shard in old.shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="old rows", disable=None) as bar:
+        for shard in old.shards:
+            destination = folder / shard.file
+            if states == old.states:
+                shutil.copyfile(source / shard.file, destination)
+                shards.append(_check_copy(destination, shard))
+            else:
+                kept = _stored(IntervalReader(source, old), shard, states)
+                shards.append(write_shard(destination, shard.intervals, states, kept))
+            bar.update(shard.size)
+    return shards
+
+
+def _check_copy(path: Path, shard: Shard) -> Shard:
+    if file_hash(path) != shard.hash:
+        raise UserError(f"checkpoint shard {shard.file} is damaged: its hash is not the manifest's", 1)
+    return shard
+
+
+def _stored(reader: IntervalReader, shard: Shard, states: list[str]) -> Iterator[Tensor]:
+    for interval in shard.intervals:
+        for state in states:
+            yield from (values for _, values in reader.read(interval, state))
+
+
+def _new_rows(path: Path, states: list[str], target: RunConfig, old: Manifest, rule: GrowthRule) -> Shard:
+    """A shard with the rows that the old model does not have."""
+    added = [
+        (name, range(old.shapes[name][0], shape[0]), shape[1])
+        for name, shape in full_shapes(target.model).items()
+        if list(shape) != old.shapes[name]
+    ]
+    intervals = [Interval(name, rows.start * width, rows.stop * width) for name, rows, width in added]
+
+    def blocks() -> Iterator[Tensor]:
+        for name, rows, width in tqdm(added, unit="tensor", desc="new rows", disable=None):
+            start = rule.keys if name.endswith("key_tokens") else rule.values
+            std = initial_std(target.model, name) if start == "normal" else 0.0
+            for state in states:
+                drawn = std if state == WEIGHT else 0.0
+                for _, block in normal_row_blocks(target.training.seed, name, rows, width, drawn):
+                    yield block
+
+    return write_shard(path, intervals, states, blocks())

@@ -1,0 +1,76 @@
+"""Every layout trains the same model: ten-step losses within 1e-5 of one process, in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.loop import train
+from megatron_tokenformer.training.metrics import read_rows
+from tests.ranks import run_ranks
+from tests.toy import toy_config, write_tokens
+
+
+def train_here(layout: Layout, config: RunConfig) -> None:
+    train(config, layout)
+
+
+def run(folder: Path, name: str, world_size: int, parallel: dict[str, Any], **training: Any) -> list[dict]:
+    """Train the toy run on this layout; return its metrics rows."""
+    config = toy_config(folder, parallel=parallel, training=training)
+    config = config.model_copy(update={"run_dir": str(folder / name)})
+    run_ranks(world_size, train_here, config, **parallel)
+    return read_rows(Path(config.run_dir) / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("layouts")
+    write_tokens(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> list[dict]:
+    return run(folder, "one", 1, {}, micro_batch_size=2)
+
+
+LAYOUTS = [  # tensor, pipeline, data, sequence, micro-batch (accumulation is 8 / data / micro-batch)
+    (1, 1, 2, False, 4),
+    (1, 1, 2, False, 1),
+    (1, 1, 4, False, 2),
+    (2, 1, 1, False, 8),
+    (2, 1, 1, True, 2),
+    (2, 1, 2, False, 1),
+    (2, 1, 2, True, 4),
+    (4, 1, 1, False, 2),
+    (4, 1, 1, True, 8),
+    (1, 2, 1, False, 2),
+    (1, 2, 2, False, 1),
+    (2, 2, 1, False, 8),
+    (2, 2, 1, True, 2),
+]
+
+
+@pytest.mark.parametrize("tensor, pipeline, data, sequence, micro_batch_size", LAYOUTS)
+def test_losses_and_norms_equal_one_process(
+    folder: Path,
+    one_process: list[dict],
+    tensor: int,
+    pipeline: int,
+    data: int,
+    sequence: bool,
+    micro_batch_size: int,
+) -> None:
+    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}
+    name = f"{tensor}-{pipeline}-{data}-{sequence}-{micro_batch_size}"
+    rows = run(folder, name, tensor * pipeline * data, parallel, micro_batch_size=micro_batch_size)
+    assert len(rows) == len(one_process) == 12  # ten steps, and an evaluation at either end
+    for here, reference in zip(rows, one_process):
+        assert here["step"] == reference["step"]
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert here.get(key) == pytest.approx(reference.get(key), abs=1e-5), (key, here["step"])
