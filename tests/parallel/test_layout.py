@@ -1,0 +1,85 @@
+"""Who is where: launchers' variables, coordinates, groups and their time-outs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.parallel.environment import find_processes
+from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.engine import build_engine
+from tests.ranks import run_ranks
+from tests.toy import toy_config
+
+
+def coordinates(layout: Layout) -> tuple[int, int, int, list[int], list[int]]:
+    return (
+        layout.pipeline_rank,
+        layout.data_rank,
+        layout.tensor.rank,
+        dist.get_process_group_ranks(layout.tensor.group),
+        dist.get_process_group_ranks(layout.data_group),
+    )
+
+
+def test_tensor_ranks_are_neighbours_then_data_then_pipeline() -> None:
+    found = run_ranks(8, coordinates, tensor=2, pipeline=2)
+    assert [place[:3] for place in found] == [
+        (pipe, data, tensor) for pipe in (0, 1) for data in (0, 1) for tensor in (0, 1)
+    ]
+    assert [place[3] for place in found[::2]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [place[4] for place in found] == [[0, 2], [1, 3], [0, 2], [1, 3], [4, 6], [5, 7], [4, 6], [5, 7]]
+
+
+def timeouts(layout: Layout, folder: object) -> dict[str, float]:
+    grid = build_engine(toy_config(folder), layout, accumulation=4).deepspeed.grid  # type: ignore[arg-type]
+    groups = {
+        "tensor (megatron-core)": layout.tensor.group,
+        "world": dist.group.WORLD,
+        "data (DeepSpeed)": grid.dp_proc_group,
+        "pipeline (DeepSpeed)": grid.pp_proc_group,
+        "model (DeepSpeed)": grid.ds_model_proc_group,
+    }
+    cpu = torch.device("cpu")
+    return {name: g._get_backend(cpu).options._timeout.total_seconds() for name, g in groups.items()}
+
+
+def test_every_group_has_the_timeout_of_the_config(tmp_path: object) -> None:
+    toy_config(tmp_path)  # type: ignore[arg-type]
+    for found in run_ranks(2, timeouts, tmp_path, timeout_minutes=2.0):
+        assert found == dict.fromkeys(found, 120.0)
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, ("no launcher", 0, 0, 1)),
+        (
+            {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            ("torchrun or deepspeed", 5, 1, 8),
+        ),
+        (
+            {
+                "SLURM_PROCID": "3",
+                "SLURM_LOCALID": "1",
+                "SLURM_NTASKS": "4",
+                "SLURM_STEP_NODELIST": "n[1-2]",
+                "SLURM_JOB_ID": "77",
+                "MASTER_ADDR": "n1",
+            },
+            ("srun", 3, 1, 4),
+        ),
+        # A shell inside an allocation has the variables of a task that it is not.
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, ("no launcher", 0, 0, 1)),
+    ],
+)
+def test_launchers_are_recognised(environment: dict[str, str], expected: tuple[str, int, int, int]) -> None:
+    found = find_processes(environment)
+    assert (found.launcher, found.rank, found.local_rank, found.world_size) == expected
+
+
+def test_a_missing_master_address_is_said() -> None:
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        find_processes({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})

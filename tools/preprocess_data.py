@@ -1,0 +1,103 @@
+"""Tokenize JSON-lines text into Megatron's .bin/.idx token files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_tokenformer.data.preprocess import Job, preprocess
+from megatron_tokenformer.data.tokenizers import TOKENIZER_TYPES
+from megatron_tokenformer.errors import run_cli
+
+EXAMPLE = """example:
+  python tools/preprocess_data.py --input 'pile/*.jsonl.zst' --output-prefix data/pile \\
+      --tokenizer-type HFTokenizer --tokenizer-model 20B_tokenizer.json --append-eod --workers 32
+
+  writes data/pile_text_document.bin and .idx, readable by Megatron-LM and GPT-NeoX too, and a .json with
+  counts of documents and tokens. Train on it with data.train=data/pile_text_document.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or quoted globs: .jsonl, .jsonl.gz, .jsonl.zst",
+    )
+    add(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="outputs are PREFIX_text_document.bin, .idx, .json",
+    )
+    add("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    add(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="tokenizer.json or sentencepiece .model (ByteTokenizer: none)",
+    )
+    add(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="where a line's text is (default: text); also names the output",
+    )
+    add(
+        "--append-eod",
+        action="store_true",
+        help="end each document with the end-of-document token (recommended)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one per core)",
+    )
+    add("--overwrite", action="store_true", help="replace existing outputs once the new ones are complete")
+    add(
+        "--log-interval",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="between progress updates (default: 1)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Preprocess, and say what was made."""
+    args = parse_arguments()
+    job = Job(args.tokenizer_type, args.tokenizer_model, args.json_key, args.append_eod)
+    start = time.monotonic()
+    summary = preprocess(
+        args.input,
+        args.output_prefix,
+        job,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        log_interval=args.log_interval,
+    )
+    print(
+        f"{summary['prefix']}: {summary['documents']:,} documents, {summary['tokens']:,} tokens, "
+        f"{summary['text_bytes']:,} bytes of text, {summary['empty_texts']:,} empty texts left out, "
+        f"{time.monotonic() - start:.1f} s"
+    )
+    if summary["eod_inside_text"]:
+        print(f"note: {summary['eod_inside_text']:,} end-of-document tokens were spelled out inside texts")
+
+
+if __name__ == "__main__":
+    run_cli(main)
