@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_tokenformer.data.preprocess import Job, preprocess
 from megatron_tokenformer.data.tokenizers import TOKENIZER_TYPES

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_tokenformer.data.tokenizer_training import TRAINABLE_TYPES, train_tokenizer
 from megatron_tokenformer.errors import run_cli

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
 from megatron_tokenformer.checkpoint import store
@@ -161,11 +162,12 @@ def load(module: nn.Module, zero: Any, layout: Layout, folder: Path, manifest: M
                 offset = first - fragment.interval.start
                 fragment.states[key].narrow(0, offset, values.numel()).copy_(values)
     state["step"].fill_(manifest.adam_step)
-    for key, value in manifest.loss_scaler.items():
-        setattr(zero.loss_scaler, key, value)
+    scaler = getattr(zero, "loss_scaler", None)
+    if isinstance(scaler, DynamicLossScaler):
+        vars(scaler).update(manifest.loss_scaler)
     zero.update_lp_params()
 
 
 def _loss_scaler_state(zero: Any) -> dict[str, float]:
     scaler = getattr(zero, "loss_scaler", None)
-    return {key: getattr(scaler, key) for key in LOSS_SCALER_STATE if hasattr(scaler, key)}
+    return {k: getattr(scaler, k) for k in LOSS_SCALER_STATE} if isinstance(scaler, DynamicLossScaler) else {}

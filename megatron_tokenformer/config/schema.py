@@ -211,9 +211,12 @@ class RunConfig(Section):
             divided["data.sequence_length"] = self.data.sequence_length
         for key, value in divided.items():
             if value % tensor:
-                fits = math.ceil(value / tensor) * tensor
+                fits = f"{key}={math.ceil(value / tensor) * tensor}"
+                if key == "model.attention_heads":
+                    heads = nearest_divisor(self.model.hidden_size, value, multiple_of=tensor)
+                    fits = f"{key}={heads}" if heads else "parallel.tensor=1"
                 raise ValueError(
-                    f"{key}={value} is not divisible by parallel.tensor={tensor}; {key}={fits} would work"
+                    f"{key}={value} is not divisible by parallel.tensor={tensor}; {fits} would work"
                 )
         return self
 
@@ -237,10 +240,10 @@ class RunConfig(Section):
         return self
 
 
-def nearest_divisor(number: int, wish: int) -> int:
-    """The divisor of `number` that is closest to `wish` (the smaller of two)."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wish), d))
+def nearest_divisor(number: int, wish: int, multiple_of: int = 1) -> int | None:
+    """The divisor of `number`, itself a multiple of `multiple_of`, that is closest to `wish`; None if none is."""
+    divisors = [d for d in range(multiple_of, number + 1, multiple_of) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wish), d), default=None)
 
 
 def check_world(config: RunConfig, world_size: int) -> int:

@@ -79,7 +79,8 @@ def some_tokens() -> Tensor:
 def test_equals_the_plain_reference() -> None:
     module, tokens = build(), some_tokens()
     expected = reference_logits(dict(module.named_parameters()), tokens, MODEL)
-    torch.testing.assert_close(module(tokens).transpose(0, 1), expected, rtol=1e-5, atol=1e-5)  # rotary is fp32
+    logits = module(tokens).transpose(0, 1)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # rotary is fp32
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:

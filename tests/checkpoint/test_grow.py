@@ -1,0 +1,193 @@
+"""Growth: the loss stays, new tokens learn, old state is carried, and what is not growth is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tokenformer.checkpoint.grow import GrowthRule, grow
+from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, read_manifest
+from megatron_tokenformer.checkpoint.shards import IntervalReader
+from megatron_tokenformer.checkpoint.store import find_checkpoint
+from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.model.tau import taus_from_json
+from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.loop import train
+from megatron_tokenformer.training.metrics import read_rows
+from tests.ranks import run_ranks
+from tests.toy import toy_config
+
+TOKENS = [
+    {"qkv": 16, "output": 16, "ffn": 64},
+    {"qkv": 32, "output": 24, "ffn": 64},
+    {"qkv": 96, "output": 32, "ffn": 200},
+]
+
+
+def train_here(layout: Layout, config: RunConfig) -> None:
+    train(config, layout)
+
+
+def stage(folder: Path, number: int, tensor: int, load: Path | None = None, **sections: Any) -> RunConfig:
+    """Train the toy at the given size for ten steps and return its config."""
+    config = toy_config(
+        folder,
+        model={"tokens": TOKENS[number], **sections.pop("model", {})},
+        parallel={"tensor": tensor},
+        training={"micro_batch_size": 4},
+        checkpoint={"load": str(load) if load else None},
+        **sections,
+    )
+    config = config.model_copy(update={"run_dir": str(folder / f"stage{number}")})
+    run_ranks(tensor, train_here, config, tensor=tensor)
+    return config
+
+
+def validation_losses(config: RunConfig) -> list[float]:
+    rows = read_rows(Path(config.run_dir) / "metrics.jsonl")
+    return [row["val_loss"] for row in rows if "val_loss" in row]
+
+
+def values(path: Path, name: str, state: str = "weight") -> torch.Tensor:
+    """One tensor of a checkpoint, whole."""
+    manifest = read_manifest(path)
+    rows, columns = manifest.shapes[name]
+    pieces = IntervalReader(path, manifest).read(Interval(name, 0, rows * columns), state)
+    return torch.cat([piece for _, piece in pieces]).view(rows, columns)
+
+
+@pytest.mark.parametrize("kind", ["l2_norm_gelu", "gelu_l2_norm"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_grown_twice_the_loss_is_preserved_and_falls_on(tmp_path: Path, tensor: int, kind: str) -> None:
+    model = {"score_norm": kind}
+    config = stage(tmp_path, 0, tensor, model=model)
+    for number in (1, 2):
+        target = toy_config(tmp_path, model={"tokens": TOKENS[number], **model})
+        path, _ = grow(find_checkpoint(config.run_dir), target, tmp_path / f"grown{number}", GrowthRule())
+        before = validation_losses(config)[-1]
+        config = stage(tmp_path, number, 3 - tensor, load=path, model=model)
+        after, end = validation_losses(config)
+        assert after == pytest.approx(before, rel=1e-6)
+        assert end < after
+        name = "layers.1.ffn.key_tokens" if number == 2 else "layers.1.attention.query.key_tokens"
+        old_rows = TOKENS[number - 1]["ffn" if number == 2 else "qkv"]
+        learned = values(find_checkpoint(config.run_dir), name)[old_rows:]
+        assert learned.abs().amin(dim=1).gt(0).all(), "gradients reach every new key"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, stage(folder, 0, tensor=2)
+
+
+def grown(trained: tuple[Path, RunConfig], tmp_path: Path, **rule: Any) -> tuple[Path, Path, Manifest]:
+    folder, config = trained
+    source = find_checkpoint(config.run_dir)
+    target = toy_config(folder, model={"tokens": TOKENS[2]})
+    return source, *grow(source, target, tmp_path, GrowthRule(**rule))
+
+
+def test_old_rows_are_carried_bit_for_bit_and_new_rows_start_as_told(
+    trained: tuple[Path, RunConfig], tmp_path: Path
+) -> None:
+    source, path, manifest = grown(trained, tmp_path)
+    old = read_manifest(source)
+    assert manifest.adam_step == old.adam_step == 10
+    assert (manifest.step, manifest.position, manifest.totals) == (0, old.position, old.totals)
+    for name in manifest.shapes:
+        if name.startswith("final_norm"):
+            continue
+        for state in ("weight", "exp_avg", "exp_avg_sq"):
+            before, after = values(source, name, state), values(path, name, state)
+            assert torch.equal(after[: len(before)], before)
+            new = after[len(before) :]
+            if state == "weight" and name.endswith("value_tokens"):
+                assert new.std() > 0
+            else:
+                assert new.eq(0).all()
+
+
+def test_reset_drops_the_moments_of_all(trained: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    source, path, manifest = grown(trained, tmp_path, optimizer="reset")
+    assert (manifest.states, manifest.adam_step) == (["weight"], 0)
+    name = "layers.0.attention.output.value_tokens"
+    assert torch.equal(values(path, name)[:16], values(source, name))
+    size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    assert size < 1.1 * 4 * sum(
+        r * c for r, c in (s if len(s) == 2 else (s[0], 1) for s in manifest.shapes.values())
+    )
+
+
+@pytest.mark.parametrize(
+    "rule, expected",
+    [
+        ({}, [(4.0, 4.0), (4.0, 4.0)]),
+        ({"tau": "sqrt"}, [(96**0.5, 96**0.5)] * 2),
+        ({"tau": "anneal", "tau_steps": 8}, [(4.0, 96**0.5), (4.0, (4.0 + 96**0.5) / 2)]),
+    ],
+)
+def test_tau_is_kept_annealed_or_set(
+    trained: tuple[Path, RunConfig], tmp_path: Path, rule: dict[str, Any], expected: list[tuple[float, float]]
+) -> None:
+    (start, end), (_, middle) = expected
+    _, _, manifest = grown(trained, tmp_path, **rule)
+    tau = taus_from_json(manifest.taus)["qkv"]
+    assert (tau.at(0), tau.at(1000), tau.at(4)) == pytest.approx((start, end, middle))
+
+
+def test_growing_again_replaces_what_is_there(trained: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    grown(trained, tmp_path)
+    _, path, manifest = grown(trained, tmp_path, keys="normal")
+    assert values(path, "layers.0.ffn.key_tokens")[64:].std() > 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000000"]
+    assert [entry["keys"] for entry in manifest.history] == ["normal"]
+
+
+@pytest.mark.parametrize(
+    "model, rule, words",
+    [
+        ({"tokens": TOKENS[2]}, {"keys": "zero", "values": "zero"}, "never learn"),
+        ({"tokens": TOKENS[2]}, {"tau": "anneal"}, "--tau-steps"),
+        (
+            {"tokens": TOKENS[2], "hidden_size": 64},
+            {},
+            "model.hidden_size: the checkpoint has 32, the config 64",
+        ),
+        ({"tokens": TOKENS[2], "layers": 3}, {}, "model.layers: the checkpoint has 2, the config 3"),
+        ({"tokens": TOKENS[2], "attention_heads": 2}, {}, "model.attention_heads"),
+        ({"tokens": TOKENS[2], "vocab_size": 128}, {}, "model.vocab_size"),
+        (
+            {"tokens": {"qkv": 8, "output": 16, "ffn": 64}},
+            {},
+            "model.tokens.qkv=16 in the checkpoint, 8 in the",
+        ),
+        ({"tokens": TOKENS[0]}, {}, "nothing to grow"),
+        ({"tokens": TOKENS[2], "score_norm": "softmax"}, {}, "--allow-inexact"),
+    ],
+)
+def test_what_is_not_growth_is_refused_in_words(
+    trained: tuple[Path, RunConfig], tmp_path: Path, model: dict[str, Any], rule: dict[str, Any], words: str
+) -> None:
+    folder, config = trained
+    with pytest.raises(UserError, match=words):
+        grow(find_checkpoint(config.run_dir), toy_config(folder, model=model), tmp_path, GrowthRule(**rule))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_shard_is_not_grown(trained: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    folder, config = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(find_checkpoint(config.run_dir), copy)
+    shard = copy / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"rank-00001\.safetensors is damaged"):
+        grow(copy, toy_config(folder, model={"tokens": TOKENS[2]}), tmp_path / "out", GrowthRule())
+    assert not (tmp_path / "out" / "latest").exists()

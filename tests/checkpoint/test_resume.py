@@ -1,0 +1,178 @@
+"""Resuming: bit for bit on the same layout, the same losses on every other, and from damaged folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tokenformer.checkpoint.manifest import read_manifest
+from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint, load_newest
+from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.loop import find_restore_point, train
+from megatron_tokenformer.training.metrics import read_rows
+from tests.ranks import run_ranks
+from tests.toy import toy_config
+
+LAYOUTS = {  # processes, layout
+    "1": (1, {}),
+    "data 2": (2, {}),
+    "tensor 2": (2, {"tensor": 2, "sequence": True}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "tensor 2 data 2": (4, {"tensor": 2}),
+    "tensor 2 pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
+    "pipeline 2 data 2": (4, {"pipeline": 2}),
+}
+
+
+def train_here(layout: Layout, config: RunConfig) -> None:
+    train(config, layout)
+
+
+def run(
+    folder: Path, name: str, layout: str, steps: int, load: Path | None = None, **training: Any
+) -> list[dict]:
+    """Train (or go on training) the toy up to `steps` of a ten-step schedule; return its metrics rows."""
+    world_size, parallel = LAYOUTS[layout]
+    config = toy_config(
+        folder,
+        parallel=parallel,
+        optimizer={"schedule": "constant"},
+        training={"micro_batch_size": 2, "steps": steps, **training},
+        checkpoint={"load": str(load) if load else None},
+    )
+    config = config.model_copy(update={"run_dir": str(folder / name)})
+    run_ranks(world_size, train_here, config, **parallel)
+    return read_rows(folder / name / "metrics.jsonl")
+
+
+def losses(rows: list[dict]) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["1", "tensor 2 data 2", "pipeline 2 data 2"])
+def test_stop_and_resume_is_bit_identical_to_never_stopping(
+    tmp_path: Path, layout: str, precision: str
+) -> None:
+    straight = run(tmp_path, "straight", layout, 8, precision=precision)
+    run(tmp_path, "stopped", layout, 5, precision=precision)
+    resumed = run(tmp_path, "stopped", layout, 8, precision=precision)
+    assert losses(resumed) == losses(straight)
+    assert resumed[-1]["val_loss"] == straight[-1]["val_loss"]
+    ends = [find_checkpoint(tmp_path / name) for name in ("straight", "stopped")]
+    hashes = [[shard.hash for shard in read_manifest(end).shards] for end in ends]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> list[tuple[int, float, float]]:
+    return losses(run(folder, "reference", "1", 8))[5:]
+
+
+@pytest.mark.parametrize("saved_at", LAYOUTS)
+def test_what_one_layout_saved_every_other_goes_on_from(
+    folder: Path, reference: list[tuple[int, float, float]], saved_at: str
+) -> None:
+    run(folder, f"from {saved_at}", saved_at, 5)
+    for loaded_at in ("1", "tensor 2 pipeline 2", "data 2") if saved_at != "1" else LAYOUTS:
+        name = f"{saved_at} to {loaded_at}"
+        rows = losses(run(folder, name, loaded_at, 8, load=folder / f"from {saved_at}"))
+        assert [row[0] for row in rows] == [6, 7, 8]
+        for row, expected in zip(rows, reference):
+            assert row == pytest.approx(expected, abs=1e-5), name
+
+
+def test_fp32_goes_on_from_bf16_and_back(folder: Path) -> None:
+    run(folder, "bf16", "1", 5, precision="bf16")
+    run(folder, "bf16 to fp32", "data 2", 6, load=folder / "bf16")
+    rows = run(folder, "and back", "1", 7, load=folder / "bf16 to fp32", precision="bf16")
+    assert losses(rows)[0][0] == 7
+
+
+@pytest.fixture
+def saved(folder: Path, tmp_path: Path) -> Path:
+    """A run's folder with two checkpoints, to be damaged."""
+    if not (folder / "two").exists():
+        config = toy_config(folder, training={"steps": 4}, checkpoint={"interval": 2})
+        run_ranks(1, train_here, config.model_copy(update={"run_dir": str(folder / "two")}))
+    shutil.copytree(folder / "two", tmp_path / "two")
+    return tmp_path / "two"
+
+
+def edit_manifest(checkpoint: Path, edit: Any) -> None:
+    path = checkpoint / "manifest.json"
+    stored = json.loads(path.read_text())
+    edit(stored)
+    path.write_text(json.dumps(stored))
+
+
+DAMAGES = {
+    "is damaged: Expecting": lambda c: (c / "manifest.json").write_text('{"version": 1, '),
+    "format version 2": lambda c: edit_manifest(c, lambda m: m.update(version=2)),
+    "No such file": lambda c: (c / "rank-00000.safetensors").unlink(),
+    "bytes, its manifest says": lambda c: (c / "rank-00000.safetensors").write_bytes(b"short"),
+    "not a plain file name": lambda c: edit_manifest(c, lambda m: m["shards"][0].update(file="../../passwd")),
+    "gap in": lambda c: edit_manifest(c, lambda m: m["shards"][0]["intervals"][3].__setitem__(1, 7)),
+    "overlap in": lambda c: edit_manifest(
+        c, lambda m: m["shards"][0]["intervals"].append(m["shards"][0]["intervals"][0])
+    ),
+    "stored elements": lambda c: edit_manifest(
+        c, lambda m: m["shapes"]["embedding.weight"].__setitem__(0, 65)
+    ),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_damage_is_refused_with_file_and_reason_and_the_one_before_is_taken(saved: Path, words: str) -> None:
+    newest = find_checkpoint(saved)
+    DAMAGES[words](newest)
+    with pytest.raises(UserError, match=words) as refused:
+        read_manifest(newest)
+    assert str(newest) in str(refused.value)
+    found = load_newest(saved / "checkpoints")
+    assert found is not None and found[1].step == 2
+
+
+def test_a_checkpoint_of_another_shape_is_refused(saved: Path, folder: Path) -> None:
+    config = toy_config(
+        folder, model={"tokens": {"qkv": 32, "output": 16, "ffn": 64}}, checkpoint={"load": str(saved)}
+    )
+    with pytest.raises(
+        UserError, match=r"query.key_tokens of shape \[16, 32\], the config's model has \[32, 32\]"
+    ):
+        find_restore_point(config.model_copy(update={"run_dir": str(saved / "new")}))
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, training={"steps": 4}, checkpoint={"interval": 1, "keep_last": 2})
+    run_ranks(1, train_here, config)
+    kept = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000003", "step-00000004"]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
+
+
+def save_into_a_file(layout: Layout, config: RunConfig) -> str:
+    try:
+        train(config, layout)
+    except UserError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_save_that_one_rank_cannot_write_fails_on_all_in_words(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, training={"steps": 2, "micro_batch_size": 2})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("in the way")
+    for said in run_ranks(2, save_into_a_file, config):
+        assert "checkpoint of step 2 not written: rank 0:" in said

@@ -1,0 +1,131 @@
+"""Configuration: what is refused and in which words, and that what is written is read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tokenformer.config.load import dump_config, load_config
+from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.config.sizes import flops_per_token
+from megatron_tokenformer.errors import UserError
+
+
+def load(tmp_path: Path, text: str = "", *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_config(path, list(overrides))
+
+
+def test_defaults_are_a_complete_run(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert (config.model.layers, config.training.precision, config.parallel.tensor) == (12, "auto", 1)
+
+
+def test_overrides_win_and_numbers_like_6e_4_are_numbers(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "optimizer: {lr: 6e-4}\ndata: {train: a}",
+        "optimizer.lr=1e-3",
+        "data.train=[[2, b], [1, c]]",
+    )
+    assert config.optimizer.lr == 1e-3
+    assert config.data.train == [(2.0, "b"), (1.0, "c")]
+
+
+def test_a_base_file_is_merged_key_by_key(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {layers: 3}\ntraining: {steps: 7}")
+    config = load(tmp_path, "base: base.yaml\nmodel: {hidden_size: 96}")
+    assert (config.model.layers, config.model.hidden_size, config.training.steps) == (3, 96, 7)
+
+
+def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
+    config = load(tmp_path, "data: {train: [[1, a]], tokenizer: {type: ByteTokenizer}}")
+    assert load(tmp_path, dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("model: {layer: 3}", "unknown key 'model.layer'; did you mean 'model.layers'?"),
+        ("model: {tokens: {qvk: 3}}", "did you mean 'model.tokens.qkv'?"),
+        ("training: {learning_rate_: 1}", "unknown key 'training.learning_rate_'; valid here: steps,"),
+        ("optimizer: {seed: 1}", "unknown key 'optimizer.seed'; did you mean 'training.seed'?"),
+        ("optimiser: {lr: 1}", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("model: {layers: two}", "model.layers='two': input should be a valid integer"),
+        ("model: {score_norm: relu}", "model.score_norm='relu': input should be 'l2_norm_gelu'"),
+        (
+            "model: {tokens: {qkv: 30}}\nparallel: {tensor: 4}",
+            "model.tokens.qkv=30 is not divisible by parallel.tensor=4; model.tokens.qkv=32 would work",
+        ),
+        (
+            "model: {attention_heads: 6}\nparallel: {tensor: 4}",
+            "model.attention_heads=6 is not divisible by parallel.tensor=4; model.attention_heads=4 would",
+        ),
+        (
+            "model: {attention_heads: 10}",
+            "model.hidden_size=768 is not divisible by model.attention_heads=10; attention_heads=8 would",
+        ),
+        (
+            "data: {sequence_length: 33}\nparallel: {tensor: 2, sequence: true}",
+            "data.sequence_length=33 is not divisible by parallel.tensor=2",
+        ),
+        ("parallel: {pipeline: 13}", "parallel.pipeline=13 is more than model.layers=12"),
+        ("optimizer: {min_lr: 1}", "optimizer.min_lr=1 is above optimizer.lr=0.0006"),
+        ("optimizer: {warmup_steps: 2000}", "optimizer.warmup_steps=2000 is more than training.steps=1000"),
+        ("[1, 2]", "holds list, not a mapping"),
+        ("model: {", "is not valid YAML"),
+    ],
+)
+def test_mistakes_are_told_in_words(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, text)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+def test_a_value_that_is_said_to_work_works(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "model: {attention_heads: 8, tokens: {qkv: 32}, hidden_size: 64}\nparallel: {tensor: 4}"
+    )
+    assert config.parallel.tensor == 4
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "training.steps=[1"])
+def test_overrides_that_are_not(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError, match="override"):
+        load(tmp_path, "", override)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the config .*nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "world_size, words",
+    [
+        (3, "does not divide the 3 processes of this run; start a multiple of 2 processes"),
+        (
+            6,
+            "training.global_batch_size=8 is not a multiple of training.micro_batch_size=4 x 3 data-parallel "
+            "ranks; training.global_batch_size=12 would work",
+        ),
+    ],
+)
+def test_processes_that_do_not_fit(tmp_path: Path, world_size: int, words: str) -> None:
+    config = load(tmp_path, "parallel: {tensor: 2}\ntraining: {global_batch_size: 8, micro_batch_size: 4}")
+    with pytest.raises(UserError) as refused:
+        check_world(config, world_size)
+    assert words in str(refused.value)
+    assert check_world(config, 4) == 1
+    assert check_world(config, 2) == 2
+
+
+def test_flops_are_six_per_parameter_and_token_plus_attention(tmp_path: Path) -> None:
+    model = load(tmp_path).model
+    products = 12 * 2 * 768 * (3 * 576 + 576 + 2304) + 50304 * 768
+    attention = 12 * 2 * 2 * (1024 / 2) * 768  # two products, causal: half of the positions on average
+    assert flops_per_token(model, 1024) == 6 * products + 3 * attention
