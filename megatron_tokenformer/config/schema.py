@@ -241,7 +241,7 @@ class RunConfig(Section):
 
 
 def nearest_divisor(number: int, wish: int, multiple_of: int = 1) -> int | None:
-    """The divisor of `number`, itself a multiple of `multiple_of`, that is closest to `wish`; None if none is."""
+    """The divisor of `number` closest to `wish` among the multiples of `multiple_of`, or None."""
     divisors = [d for d in range(multiple_of, number + 1, multiple_of) if number % d == 0]
     return min(divisors, key=lambda d: (abs(d - wish), d), default=None)
 

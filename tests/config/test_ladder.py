@@ -1,0 +1,71 @@
+"""Every config in configs/ builds, and its size is what its name says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_tokenformer.config.load import load_config
+from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.model.language_model import full_shapes
+from megatron_tokenformer.progressive.plan import load_plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# In millions.  The paper's 1.5B counts no embedding: 1,510 M in the layers, 1,587 M in all.
+NAMED = {
+    "124m": 124,
+    "354m": 354,
+    "757m": 757,
+    "1.4b": 1400,
+    "150m": 150,
+    "450m": 450,
+    "900m": 900,
+    "1.5b": 1587,
+}
+
+
+def check_size(config: RunConfig, name: str) -> None:
+    parameters = sum(math.prod(shape) for shape in full_shapes(config.model).values())
+    assert parameters == parameter_count(config.model)
+    assert parameters == pytest.approx(NAMED[name] * 1e6, rel=0.03)
+
+
+def test_every_config_is_tested() -> None:
+    assert {path.stem.removeprefix("tokenformer-") for path in CONFIGS.glob("*.yaml")} == set(NAMED)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_size_is_as_named(name: str) -> None:
+    config = load_config(CONFIGS / f"tokenformer-{name}.yaml")
+    check_size(config, name)
+    assert config.run_dir == f"runs/tokenformer-{name}"
+    for world in (1, 8, 64):
+        check_world(config, world)
+
+
+def test_the_ladder_grows_stage_by_stage() -> None:
+    plan = load_plan(CONFIGS / "progressive" / "pile-124m-to-1.4b.yaml")
+    assert [stage.name for stage in plan.stages] == ["124m", "354m", "757m", "1.4b"]
+    for stage in plan.stages:
+        check_size(stage.config, stage.name)
+        tokens = stage.config.model.tokens
+        assert tokens.qkv % 32 == 0 and tokens.ffn == 4 * tokens.qkv
+        assert stage.config.training.global_batch_size * stage.config.data.sequence_length == 2**19
+
+
+def test_the_demo_has_each_layout_and_comparable_losses() -> None:
+    stages = load_plan(CONFIGS / "progressive" / "demo.yaml").stages
+    layouts = [stage.layout for stage in stages]
+    assert layouts[0] == "data 2" and "tensor 2, sequence" in layouts and "pipeline 2" in layouts
+    evaluated = {
+        (str(s.config.data), s.config.training.eval_steps, s.config.training.global_batch_size)
+        for s in stages
+    }
+    assert len(evaluated) == 1
+    for stage in stages:
+        assert sum(map(math.prod, full_shapes(stage.config.model).values())) == parameter_count(
+            stage.config.model
+        )

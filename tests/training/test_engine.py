@@ -1,0 +1,115 @@
+"""What DeepSpeed must be told: each setting is here because leaving it out goes wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.model.language_model import LanguageModel, canonical_parameters, initialize
+from megatron_tokenformer.parallel.collectives import TensorParallel
+from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.engine import build_engine, deepspeed_config
+from tests.ranks import run_ranks
+from tests.toy import toy_config
+
+
+def describe(layout: Layout, config: RunConfig) -> dict[str, object]:
+    engine = build_engine(config, layout, accumulation=4).deepspeed
+    parameters = dict(canonical_parameters(engine.module))
+    return {
+        "stage": engine.zero_optimization_stage(),
+        "groups": len(engine.optimizer.optimizer.param_groups),
+        "clip": engine.gradient_clipping(),
+        "boundary": (engine.is_pipe_partitioned, engine.is_grad_partitioned),
+        "marked": {name for name, p in parameters.items() if p.tensor_model_parallel},
+        "names": set(parameters),
+        "dtype": {p.dtype for p in parameters.values()},
+        "optimizer": type(engine.optimizer).__name__,
+        "adam": (type(engine.optimizer.optimizer).__name__, engine.optimizer.optimizer.defaults["fused"]),
+    }
+
+
+@pytest.mark.parametrize(
+    "precision, dtype, optimizer",
+    [
+        ("fp32", torch.float32, "DeepSpeedZeroOptimizer"),
+        ("auto", torch.float32, "DeepSpeedZeroOptimizer"),  # no GPU here
+        ("bf16", torch.bfloat16, "BF16_Optimizer"),  # the one that accumulates gradients in fp32
+    ],
+)
+def test_the_engine_is_as_told(tmp_path: Path, precision: str, dtype: torch.dtype, optimizer: str) -> None:
+    config = toy_config(
+        tmp_path,
+        parallel={"tensor": 2, "pipeline": 2, "sequence": True},
+        training={"precision": precision, "micro_batch_size": 2},
+        optimizer={"clip_grad": 0.0},
+    )
+    stages = run_ranks(4, describe, config, tensor=2, pipeline=2, sequence=True)
+    for found in stages:
+        assert found["stage"] == 1
+        assert found["groups"] == 1, "every pipeline stage has the same number of optimizer groups"
+        assert found["clip"] == 0.0, "no clipping is no clipping"
+        assert found["boundary"] == (False, False)
+        assert found["marked"] == {name for name in found["names"] if not name.startswith("final_norm")}
+        assert (found["dtype"], found["optimizer"]) == ({dtype}, optimizer)
+        assert found["adam"] == ("AdamW", True)
+    first, last = stages[0]["names"], stages[-1]["names"]
+    assert first & last == {"embedding.weight"}, "tied, and nothing else is twice"
+    assert len(first | last) == 2 * 10 + 3
+
+
+def test_gradients_accumulate_in_fp32_under_bf16(tmp_path: Path) -> None:
+    assert deepspeed_config(toy_config(tmp_path), "bf16", 1)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def initial_values(layout: Layout, config: RunConfig) -> dict[str, torch.Tensor]:
+    module = build_engine(config, layout, accumulation=4).deepspeed.module
+    return {name: p.detach().clone() for name, p in canonical_parameters(module)}
+
+
+def test_every_layout_starts_from_bit_identical_weights(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, parallel={"tensor": 2, "pipeline": 2}, training={"micro_batch_size": 2})
+    whole = LanguageModel(config.model)
+    initialize(whole, config.model, config.training.seed, TensorParallel())
+    ranks = run_ranks(4, initial_values, config, tensor=2, pipeline=2)
+    for name, parameter in whole.named_parameters():
+        for pair in (ranks[:2], ranks[2:]):
+            if name in pair[0]:
+                parts = [values[name] for values in pair]
+                assert torch.equal(torch.cat(parts) if parameter.dim() == 2 else parts[1], parameter), name
+
+
+def refuse_fp16(layout: Layout, config: RunConfig) -> str:
+    with pytest.raises(UserError) as refused:
+        build_engine(config, layout, accumulation=8)
+    return str(refused.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_fp16_is_refused_in_words_where_it_cannot_be(tmp_path: Path) -> None:
+    (words,) = run_ranks(1, refuse_fp16, toy_config(tmp_path, training={"precision": "fp16"}))
+    assert words == "training.precision=fp16 is not supported on this device; bf16 or fp32 would work"
+
+
+def test_no_collective_is_compiled_at_start(tmp_path: Path) -> None:
+    """DeepSpeed would build a C++ extension here; without a compiler its start would crash."""
+    program = (
+        "from megatron_tokenformer.config.schema import Parallel\n"
+        "from megatron_tokenformer.quiet import quiet_imports\n"
+        "with quiet_imports():\n"
+        "    from megatron_tokenformer.parallel import layout, environment\n"
+        "import subprocess\n"
+        "def refuse(*command, **_): raise AssertionError(f'a compiler was started: {command}')\n"
+        "subprocess.Popen = refuse\n"
+        "here = layout.start(Parallel(), environment.find_processes({}))\n"
+        "layout.stop()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "", "third-party noise stays out of the log"
