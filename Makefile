@@ -1,0 +1,41 @@
+# make demo    install into .venv, then run the main job on real text (examples/demo/run.sh)
+# make test    the tests
+# make lint    ruff
+# make clean   remove what these made: .venv, runs/demo, caches
+
+SHELL := /bin/bash
+VENV := .venv
+# An environment made by other means holds neither stamp; pip then finds everything installed.
+INSTALLED := $(VENV)/.installed
+DEVELOPMENT := $(VENV)/.installed-dev
+PYTHON := python3
+
+.PHONY: demo install test lint clean
+
+demo: $(INSTALLED)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python examples/demo/run.sh
+
+install: $(INSTALLED)
+
+test: $(DEVELOPMENT)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest
+
+lint: $(DEVELOPMENT)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(INSTALLED): requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . --no-deps
+	touch $@
+
+$(DEVELOPMENT): requirements-dev.txt $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,74 @@
+"""Train a schedule of growing models: each stage grown from the last one's result, then trained on.
+
+Killed anywhere, the same call goes on where it was: RUN_DIR/journal.json says what is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_tokenformer.errors import run_cli
+from megatron_tokenformer.progressive.journal import read_journal
+from megatron_tokenformer.progressive.launchers import LAUNCHERS, grow_command
+from megatron_tokenformer.progressive.lock import exclusive
+from megatron_tokenformer.progressive.plan import Plan, load_plan
+from megatron_tokenformer.progressive.report import write_report
+from megatron_tokenformer.progressive.stages import Machine, dry_run, run_stages
+
+EPILOG = """\
+launchers:
+  local      torchrun on this host
+  deepspeed  `deepspeed` on this host, or on the hosts of launch.hostfile
+  slurm      one job per stage, submitted and waited for; growth runs where this command runs
+
+examples:
+  python -m megatron_tokenformer.progressive --config configs/progressive/demo.yaml --launcher deepspeed
+  python -m megatron_tokenformer.progressive --config configs/progressive/pile-124m-to-1.4b.yaml \\
+      --launcher slurm launch.slurm.partition=gpu launch.nodes=4 --dry-run
+  ... common.training.steps=100 stages.small.config.optimizer.lr=1e-3
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, run what is left of the schedule, report."""
+    given = _parse(argv)
+    plan = load_plan(given.config, given.overrides)
+    launcher = LAUNCHERS[given.launcher]
+    if given.report_only:
+        _report(plan)
+        return 0
+    for stage in plan.stages:
+        launcher(stage, plan.launch)  # refuses now what it could not start days later
+    if given.dry_run:
+        print(dry_run(plan, read_journal(plan.folder), launcher, grow_command))
+        return 0
+    with exclusive(plan.folder) as lock:
+        run_stages(Machine(plan, launcher, grow_command, read_journal(plan.folder), lock))
+        _report(plan)
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_tokenformer.progressive",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="YAML file of the schedule")
+    add("--launcher", choices=list(LAUNCHERS), default="local", help="what starts processes (default: local)")
+    add("--dry-run", action="store_true", help="print the commands that are left, and do nothing")
+    add("--report-only", action="store_true", help="write the report of what is done so far, and do nothing")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the schedule")
+    # Overrides may stand before or after options, as in `... launch.nodes=4 --dry-run common.model.layers=2`.
+    return parser.parse_intermixed_args(argv)
+
+
+def _report(plan: Plan) -> None:
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    print(f"\n{write_report(plan, read_journal(plan.folder))}\nwritten to {plan.folder}/report.md")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,81 @@
+"""A process between the stage machine and a launcher: what the launcher started never outlives the machine.
+
+`python -m megatron_tokenformer.progressive.guard MACHINE_PID COMMAND...`.  It holds the lock's descriptor, so
+that a machine that was killed outright is followed by the next one only when the old ranks are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+LINGER_SECONDS = 60.0
+"""how long ranks may take to save and end when they are told to"""
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run a command in a session of its own; return its exit code, 128 + N after signal N.
+
+    A first SIGTERM (the kernel sends it when the machine dies) or SIGINT ends the command with SIGTERM, a
+    second one kills it.
+    """
+    machine, *command = argv
+    child: subprocess.Popen[bytes] | None = None
+    told: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        if child is not None:
+            child.terminate() if len(told) == 1 else _signal(_living(child.pid), signal.SIGKILL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(machine):  # it died before the line above
+        return 1
+    child = subprocess.Popen(command, start_new_session=True)
+    if told:
+        child.terminate()
+    code = child.wait()
+    _end_rest(child.pid)
+    return code if code >= 0 else 128 - code
+
+
+def _end_rest(session: int) -> None:
+    """End what a launcher left: `deepspeed` passes no SIGTERM on, and any launcher can be killed."""
+    deadline = time.monotonic() + LINGER_SECONDS
+    left = _living(session)
+    # Only those without a parent among them: a parent tells its children itself, and once is enough.
+    _signal({process: parent for process, parent in left.items() if parent not in left}, signal.SIGTERM)
+    while _living(session) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    _signal(_living(session), signal.SIGKILL)
+
+
+def _living(session: int) -> dict[int, int]:
+    """The processes of a session that have not ended, and their parents."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, _, its_session = entry.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                found[int(entry.parent.name)] = int(parent)
+    return found
+
+
+def _signal(processes: dict[int, int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

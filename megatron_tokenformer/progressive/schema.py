@@ -1,0 +1,121 @@
+"""The schema of a progressive schedule: where it runs, and its stages from smallest to largest model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from megatron_tokenformer.config.schema import Section
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OWN_FILES = ("journal.json", "report.md", "loss_vs_flops.png", "lock")
+
+
+class Slurm(Section):
+    """What is asked of SLURM for each stage's job."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    """limit of one job, as sbatch reads it ("1-12:00:00"); a job that reaches it ends the call"""
+    gpus_per_node: int | None = Field(None, ge=0)
+    """by default one for each process; 0 asks for none"""
+    cpus_per_task: PositiveInt | None = None
+    extra: list[str] = []
+    """further sbatch options, each as written after #SBATCH"""
+    setup: list[str] = []
+    """shell lines before the training, such as `module load cuda`"""
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time_is_text(cls, value: object) -> object:
+        if isinstance(value, int):
+            raise ValueError(
+                f"YAML reads launch.slurm.time as the number {value}; put it in quotes, '24:00:00'"
+            )
+        return value
+
+
+class Launch(Section):
+    """Where processes are started, unless a stage says otherwise."""
+
+    processes_per_node: PositiveInt = 1
+    nodes: PositiveInt = 1
+    hostfile: str | None = None
+    """for the launcher deepspeed on several nodes: lines of `host slots=N`"""
+    slurm: Slurm = Slurm()
+
+
+class Growth(Section):
+    """How a stage's model is made of the one before; the words are those of tools/grow_checkpoint.py."""
+
+    tau: Literal["keep", "anneal", "sqrt"] = "keep"
+    tau_steps: PositiveInt | None = None
+    """with tau anneal: steps over which it reaches the square root of the new token count"""
+    keys: Literal["zero", "normal"] = "zero"
+    values: Literal["normal", "zero"] = "normal"
+    optimizer: Literal["carry", "reset"] = "carry"
+    allow_inexact: bool = False
+    """accept a growth that cannot keep the function (score_norm softmax)"""
+
+    @model_validator(mode="after")
+    def _can_work(self) -> Growth:
+        if self.keys == self.values == "zero":
+            raise ValueError(
+                "growth.keys=zero with growth.values=zero never learns; values=normal would work"
+            )
+        if (self.tau == "anneal") != (self.tau_steps is not None):
+            raise ValueError(
+                f"growth.tau={self.tau} with growth.tau_steps={self.tau_steps}; "
+                f"tau_steps belongs to tau=anneal, which needs it"
+            )
+        return self
+
+
+class StageConfig(Section):
+    """One stage: a run of its own, grown from the stage before."""
+
+    name: str
+    """also the name of its folder in run_dir"""
+    base: str | None = None
+    """a run's config to start from, relative to the schedule's file"""
+    config: dict[str, Any] = {}
+    """keys of a run's config that are this stage's own"""
+    growth: Growth | None = None
+    processes_per_node: PositiveInt | None = None
+    nodes: PositiveInt | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, name: str) -> str:
+        if not _PLAIN_NAME.fullmatch(name) or name in _OWN_FILES:
+            raise ValueError(
+                f"stage name '{name}' cannot name a folder here; use letters, digits, '.', '_' and '-', "
+                f"and none of {', '.join(_OWN_FILES)}"
+            )
+        return name
+
+
+class Schedule(Section):
+    """A progressive schedule.  A stage's config is its `base`, then `common`, then its own `config`."""
+
+    run_dir: str
+    """folder of the schedule; stage NAME runs in RUN_DIR/NAME"""
+    common: dict[str, Any] = {}
+    """keys of a run's config that all stages share"""
+    launch: Launch = Launch()
+    stages: list[StageConfig] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _stages_differ(self) -> Schedule:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stage name '{twice[0]}' is used twice; each stage needs its own")
+        if self.stages[0].growth is not None:
+            raise ValueError(
+                f"stage '{names[0]}' is the first and grows from nothing; move its growth to a later stage"
+            )
+        return self

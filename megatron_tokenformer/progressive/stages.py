@@ -1,0 +1,152 @@
+"""The stage machine: for each stage, grow the last stage's result and train it, skipping what is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tokenformer.checkpoint.store import find_checkpoint, replace_durably
+from megatron_tokenformer.config.load import dump_config
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.progressive.execute import Interrupted, execute
+from megatron_tokenformer.progressive.journal import Journal, Step
+from megatron_tokenformer.progressive.launchers import Command, Launcher
+from megatron_tokenformer.progressive.plan import Plan, Stage
+from megatron_tokenformer.progressive.reconcile import (
+    finished_record,
+    grow_settings,
+    reconcile,
+    train_settings,
+)
+
+Grower = Callable[[Stage, Path], Command]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A plan, how its commands are made, and what is done of it."""
+
+    plan: Plan
+    launcher: Launcher
+    grower: Grower
+    journal: Journal
+    lock: int
+    """descriptor of the folder's lock, kept open by every command"""
+
+
+def run_stages(machine: Machine) -> None:
+    """Bring every stage to its end, going on where an earlier call stopped.
+
+    A stage is done when its run left its record of being finished, whatever the launcher's exit code says.
+
+    Raises:
+        UserError: a command failed, a signal came, or what is done was done with other settings.
+    """
+    reconcile(machine.plan, machine.journal)
+    todo = pending(machine.plan, machine.journal)
+    for stage in machine.plan.stages:
+        if any(stage is waiting for waiting, _ in todo):
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            replace_durably(stage.run_file, dump_config(stage.config))
+    for stage, step in todo:
+        print(f"== stage {stage.name}: {step} ({stage.layout})", flush=True)
+        if step == "grow":
+            _grow(machine, stage)
+        else:
+            _train(machine, stage)
+
+
+def pending(plan: Plan, journal: Journal) -> list[tuple[Stage, Step]]:
+    """What is left to do, in order."""
+    todo: list[tuple[Stage, Step]] = []
+    for stage in plan.stages:
+        if journal.action(stage.name, "train").status == "done":
+            continue
+        grow = journal.action(stage.name, "grow")
+        if stage.previous and (grow.status != "done" or grow.settings != grow_settings(stage)):
+            todo.append((stage, "grow"))
+        todo.append((stage, "train"))
+    return todo
+
+
+def dry_run(plan: Plan, journal: Journal, launcher: Launcher, grower: Grower) -> str:
+    """The commands that are left, and the files that they would read; nothing is written or started."""
+    lines = []
+    for stage, step in pending(plan, journal):
+        command = grower(stage, _source(stage, journal)) if step == "grow" else launcher(stage, plan.launch)
+        lines += [f"# stage {stage.name}: {step} ({stage.layout})", str(command)]
+        for path, text in command.files.items():
+            lines += [f"# {path}:", text.rstrip()]
+    return "\n".join(lines) or "# every stage is done"
+
+
+def _grow(machine: Machine, stage: Stage) -> None:
+    command = machine.grower(stage, _source(stage, machine.journal))
+    code = _perform(machine, stage, "grow", grow_settings(stage), command)
+    try:
+        checkpoint = find_checkpoint(stage.grown)
+    except UserError:
+        code = code or 1
+    if code:
+        machine.journal.end(stage.name, "grow", "failed")
+        raise _failure(stage, "grow", command, f"ended with exit code {code}")
+    machine.journal.end(stage.name, "grow", "done", {"checkpoint": str(checkpoint)})
+
+
+def _train(machine: Machine, stage: Stage) -> None:
+    command = machine.launcher(stage, machine.plan.launch)
+    code = _perform(machine, stage, "train", train_settings(stage), command)
+    record = _await_record(stage, command.settle_seconds if code == 0 else 0.0)
+    if record is None:
+        machine.journal.end(stage.name, "train", "failed")
+        why = (
+            f"ended with exit code {code}"
+            if code
+            else "ended early (exit code 0, but the run is not finished)"
+        )
+        raise _failure(stage, "train", command, why)
+    machine.journal.end(stage.name, "train", "done", {**record, "layout": stage.layout})
+
+
+def _await_record(stage: Stage, patience: float) -> dict[str, Any] | None:
+    deadline = time.monotonic() + patience
+    while True:
+        record = finished_record(stage.folder, stage.config.training.steps)
+        if record is not None or time.monotonic() >= deadline:
+            return record
+        time.sleep(1.0)
+
+
+def _perform(machine: Machine, stage: Stage, step: Step, settings: dict[str, Any], command: Command) -> int:
+    journal = machine.journal
+    journal.begin(stage.name, step, settings)
+    try:
+        return execute(command, machine.lock, lambda seconds: journal.add_seconds(stage.name, step, seconds))
+    except Interrupted as interruption:
+        journal.end(stage.name, step, "interrupted")
+        raise UserError(
+            f"{interruption} in stage '{stage.name}' ({step}); the same call goes on from there",
+            exit_code=128 + interruption.number,
+        ) from None
+    except UserError:
+        journal.end(stage.name, step, "failed")
+        raise
+
+
+def _failure(stage: Stage, step: Step, command: Command, why: str) -> UserError:
+    return UserError(
+        f"stage '{stage.name}' ({step}) {why}: {command}; its messages are above (of a SLURM job: in "
+        f"{stage.folder}/job-*.log); the same call goes on from there",
+        exit_code=1,
+    )
+
+
+def _source(stage: Stage, journal: Journal) -> Path:
+    """The last checkpoint of the stage before, by its name: if it is damaged, no older one will do."""
+    assert stage.previous is not None
+    folder = stage.folder.parent / stage.previous / "checkpoints"
+    checkpoint = journal.action(stage.previous, "train").result.get("checkpoint")
+    return folder / Path(checkpoint).name if checkpoint else folder

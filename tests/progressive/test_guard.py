@@ -1,0 +1,66 @@
+"""Nothing that a launcher started outlives the stage machine's command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+GUARD = [sys.executable, "-m", "megatron_tokenformer.progressive.guard"]
+
+
+def gone(process: int, within: float = 10.0) -> bool:
+    """Whether a process has ended, or is a zombie that nobody collects."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def read_pid(path: Path) -> int:
+    while not (path.exists() and path.read_text().endswith("\n")):
+        time.sleep(0.02)
+    return int(path.read_text())
+
+
+def test_exit_codes_pass_through() -> None:
+    here = str(os.getpid())
+    assert subprocess.run([*GUARD, here, "sh", "-c", "exit 7"]).returncode == 7
+    assert subprocess.run([*GUARD, here, "sh", "-c", "kill -9 $$"]).returncode == 137
+    assert subprocess.run([*GUARD, "1", "sh", "-c", "exit 7"]).returncode == 1, "its machine is dead already"
+
+
+@pytest.mark.parametrize("ends", ["the guard is told", "the launcher is killed"])
+def test_a_rank_does_not_outlive_its_launcher(tmp_path: Path, ends: str) -> None:
+    # Like `deepspeed`, this launcher dies of SIGTERM and tells nobody.
+    rank_file, launcher_file = tmp_path / "rank", tmp_path / "launcher"
+    script = f"sleep 60 & echo $! > {rank_file}; echo $$ > {launcher_file}; wait"
+    guard = subprocess.Popen([*GUARD, str(os.getpid()), "bash", "-c", script])
+    rank, launcher = read_pid(rank_file), read_pid(launcher_file)
+    if ends == "the guard is told":
+        guard.terminate()
+    else:
+        os.kill(launcher, signal.SIGKILL)
+    assert guard.wait(timeout=20) == (143 if ends == "the guard is told" else 137)
+    assert gone(rank)
+
+
+def test_a_rank_does_not_outlive_a_machine_that_is_killed(tmp_path: Path) -> None:
+    rank_file = tmp_path / "rank"
+    script = f"sleep 60 & echo $! > {rank_file}; wait"
+    program = "import os, subprocess, sys; subprocess.run([*sys.argv[1:4], str(os.getpid()), *sys.argv[4:]])"
+    machine = subprocess.Popen([sys.executable, "-c", program, *GUARD, "sh", "-c", script])
+    rank = read_pid(rank_file)
+    machine.kill()
+    machine.wait()
+    assert gone(rank)

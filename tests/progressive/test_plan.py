@@ -1,0 +1,98 @@
+"""A schedule is resolved and checked as a whole before anything starts, and refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.progressive.plan import load_plan
+
+Tree = dict[str, Any]
+Write = Callable[[Tree], Path]
+
+
+def test_a_stage_is_base_then_common_then_its_own_keys(schedule: Tree, write: Write, tmp_path: Path) -> None:
+    base = "optimizer: {lr: 1e-3, min_lr: 1e-5}\ntraining: {steps: 7, seed: 5}\nrun_dir: elsewhere\n"
+    (tmp_path / "base.yaml").write_text(base)
+    schedule["stages"][1]["base"] = "base.yaml"
+    schedule["stages"][1]["config"]["optimizer"] = {"lr": 2e-3}
+    a, b, _ = load_plan(write(schedule)).stages
+    assert (b.config.optimizer.lr, b.config.optimizer.min_lr) == (2e-3, 1e-5)
+    assert (b.config.training.steps, b.config.training.seed) == (4, 5)
+    assert (a.config.training.seed, a.config.checkpoint.load, a.previous) == (1234, None, None)
+    run = Path(schedule["run_dir"])
+    assert (b.folder, b.config.checkpoint.load, b.previous) == (run / "b", str(run / "b" / "init"), "a")
+
+
+def test_overrides_reach_the_schedule_and_a_stage_by_name(schedule: Tree, write: Write) -> None:
+    schedule["stages"][1]["name"] = "1.4b"  # with a dot, as model sizes have
+    overrides = ["common.training.steps=9", "stages.1.4b.config.training.steps=11", "launch.nodes=2"]
+    plan = load_plan(write(schedule), overrides)
+    assert [stage.config.training.steps for stage in plan.stages] == [9, 11, 9]
+    assert plan.stages[0].nodes == 2
+    with pytest.raises(UserError, match=r"NAME one of: a, 1\.4b, c"):
+        load_plan(write(schedule), ["stages.b.config.training.steps=1"])
+
+
+def test_layouts_in_words(schedule: Tree, write: Write) -> None:
+    schedule["stages"][1]["config"]["parallel"]["sequence"] = True
+    layouts = [stage.layout for stage in load_plan(write(schedule), ["stages.b.nodes=2"]).stages]
+    assert layouts == ["data 2", "tensor 2, sequence, data 2", "pipeline 2"]
+
+
+def change(path: str, value: object) -> Callable[[Tree], None]:
+    """Set the value at `a.0.b` in a tree."""
+
+    def apply(tree: Any) -> None:
+        *parts, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        for part in parts:
+            tree = tree[part] if isinstance(part, int) else tree.setdefault(part, {})
+        tree[last] = value
+
+    return apply
+
+
+FEWER = {"qkv": 8, "output": 8, "ffn": 16}
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (change("lanch", {}), "unknown key 'lanch'; did you mean 'launch'?"),
+        (change("common.training.stepz", 1), "stage 'a': config: unknown key 'training.stepz'; did you mean"),
+        (change("stages", []), "stages="),
+        (change("stages.1.name", "a"), "'a' is used twice"),
+        (change("stages.1.name", "b/c"), "'b/c' cannot name a folder"),
+        (change("stages.1.name", "journal.json"), "cannot name a folder"),
+        (change("stages.0.growth", {}), "stage 'a' is the first and grows from nothing"),
+        (change("stages.1.growth", {"keys": "zero", "values": "zero"}), "never learns"),
+        (change("stages.1.growth", {"tau": "anneal"}), "tau_steps belongs to tau=anneal"),
+        (change("stages.1.processes_per_node", 3), "stage 'b': parallel.tensor=2 x parallel.pipeline=1 does"),
+        (change("stages.1.config.parallel.tensor", 3), "not divisible by parallel.tensor=3"),
+        (change("stages.1.config.model.layers", 3), "model.layers=3, but stage 'a' before it has 2"),
+        (change("stages.2.config.model.tokens", FEWER), "tokens.qkv=8 is fewer than the 16 of stage 'b'"),
+        (change("stages.1.config.model.tokens.output", 4), "tokens.output=4 is fewer than the 8 of"),
+        (change("common.model.score_norm", "softmax"), "growth.allow_inexact=true accepts that"),
+        (change("common.run_dir", "x"), "give it no other"),
+        (change("stages.1.config.checkpoint", {"load": "x"}), "starts from 'a', grown"),
+        (change("common.data.train", []), "data.train is empty"),
+        (change("launch.slurm", {"time": 86400}), "put it in quotes"),
+        (change("stages.1.base", "no.yaml"), "stage 'b': cannot read the config"),
+    ],
+)
+def test_refused_in_words(schedule: Tree, write: Write, edit: Callable[[Tree], None], words: str) -> None:
+    edit(schedule)
+    with pytest.raises(UserError) as refusal:
+        load_plan(write(schedule))
+    assert words in str(refusal.value)
+    assert refusal.value.exit_code == 2
+
+
+def test_a_stage_that_does_not_grow_is_refused(schedule: Tree, write: Write) -> None:
+    schedule["stages"][2]["config"]["model"] = schedule["stages"][1]["config"]["model"]
+    with pytest.raises(UserError, match="stage 'c': has the same tokens as stage 'b'"):
+        load_plan(write(schedule))
