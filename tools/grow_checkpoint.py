@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_tokenformer.checkpoint.grow import GrowthRule, grow
+from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
-from megatron_tokenformer.config.load import load_config
+from megatron_tokenformer.config.growth import Growth
+from megatron_tokenformer.config.load import load_config, validate
 from megatron_tokenformer.errors import run_cli
 
 EPILOG = """\
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="keep",
         help="keep (default, exact); anneal to sqrt(n) over --tau-steps (exact at the start); sqrt at once",
     )
-    add("--tau-steps", type=int, default=0, metavar="N", help="steps that --tau anneal takes")
+    add("--tau-steps", type=int, metavar="N", help="steps that --tau anneal takes")
     add(
         "--optimizer",
         choices=["carry", "reset"],
@@ -59,9 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Grow, and print what was done and how to go on."""
     given = parse(argv)
-    rule = GrowthRule(
-        given.keys, given.values, given.tau, given.tau_steps, given.optimizer, given.allow_inexact
-    )
+    rule = validate(Growth, {key: getattr(given, key) for key in Growth.model_fields}, "growth")
     config = load_config(given.config, given.overrides)
     source = find_checkpoint(given.load)
     path, manifest = grow(source, config, given.save, rule)

@@ -35,9 +35,9 @@ say "1/4 corpus: the Python standard library, as .jsonl.zst"
 if [ -f "$MODEL" ]; then
   say "2/4 tokenizer: done"
 else
-  say "2/4 tokenizer: 4,096 entries, learnt from the training files"
+  say "2/4 tokenizer: 2,048 entries, learnt from the training files"
   "$PYTHON" tools/train_tokenizer.py --input "$RUN/corpus/train-*.jsonl.zst" \
-    --type "$TOKENIZER" --vocab-size 4096 --output "$MODEL"
+    --type "$TOKENIZER" --vocab-size 2048 --output "$MODEL"
 fi
 
 mkdir -p "$RUN/data"

@@ -16,9 +16,8 @@ import datetime
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 from tqdm import tqdm
@@ -32,6 +31,7 @@ from megatron_tokenformer.checkpoint.manifest import (
     read_manifest,
 )
 from megatron_tokenformer.checkpoint.shards import IntervalReader, file_hash, write_shard
+from megatron_tokenformer.config.growth import Growth, check_growth
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
@@ -46,31 +46,14 @@ from megatron_tokenformer.model.tau import (
     taus_to_json,
 )
 
-Start = Literal["zero", "normal"]
 
-
-@dataclass(frozen=True)
-class GrowthRule:
-    """How new tokens start, and what becomes of tau and of the optimizer."""
-
-    keys: Start = "zero"
-    values: Start = "normal"
-    tau: Literal["keep", "anneal", "sqrt"] = "keep"
-    """keep: the number stays; anneal: it goes to sqrt(n + m) over `tau_steps` steps; sqrt: it jumps there"""
-    tau_steps: int = 0
-    optimizer: Literal["carry", "reset"] = "carry"
-    """carry: old rows keep their Adam moments and the step count, new rows start at zero; reset: all do"""
-    allow_inexact: bool = False
-    """growing under softmax, where the function changes"""
-
-
-def grow(source: Path, target: RunConfig, folder: Path, rule: GrowthRule) -> tuple[Path, Manifest]:
+def grow(source: Path, target: RunConfig, folder: Path, rule: Growth) -> tuple[Path, Manifest]:
     """Grow a checkpoint to the token counts of `target.model`; return the new one, at step 0 of its run.
 
     Reads and writes in blocks of rows; no more than one is in memory.  The source is left as it is.
 
     Raises:
-        UserError: the models differ in more than tokens, or the rule cannot learn or is not exact.
+        UserError: the models differ in more than tokens, or a shard is damaged.
     """
     old = read_manifest(source)
     before = Model.model_validate(old.config["model"])
@@ -92,7 +75,7 @@ def grow(source: Path, target: RunConfig, folder: Path, rule: GrowthRule) -> tup
         "tokens_after": target.model.tokens.model_dump(),
         "parameters_before": parameter_count(before),
         "parameters_after": parameter_count(target.model),
-        **vars(rule),
+        **rule.model_dump(),
     }
     grown = replace(
         old,
@@ -108,45 +91,14 @@ def grow(source: Path, target: RunConfig, folder: Path, rule: GrowthRule) -> tup
     return store.publish(temporary, grown), grown
 
 
-def check_growth(before: Model, after: Model, rule: GrowthRule) -> None:
-    """Refuse what is not growth of tokens, or would not work.
-
-    Raises:
-        UserError: names both values, or the options that contradict each other.
-    """
-    if rule.keys == rule.values == "zero":
-        raise UserError("--keys zero and --values zero together never learn; leave one of them normal")
-    if rule.tau == "anneal" and rule.tau_steps < 1:
-        raise UserError("--tau anneal needs --tau-steps N, the steps of the next stage that it takes")
-    if after.score_norm == "softmax" and not rule.allow_inexact:
-        raise UserError(
-            "under model.score_norm=softmax a new token has weight even with a zero key, so growth changes "
-            "the function; --allow-inexact grows all the same, and the next stage tells the change of loss"
-        )
-    for key in Model.model_fields:
-        old, new = getattr(before, key), getattr(after, key)
-        if key != "tokens" and old != new:
-            raise UserError(
-                f"growth keeps model.{key}: the checkpoint has {old}, the config {new}; only tokens grow"
-            )
-    counts = {role: (getattr(before.tokens, role), getattr(after.tokens, role)) for role in ROLES}
-    for role, (old, new) in counts.items():
-        if new < old:
-            raise UserError(
-                f"growth takes no tokens: model.tokens.{role}={old} in the checkpoint, {new} in the config"
-            )
-    if all(old == new for old, new in counts.values()):
-        raise UserError(f"nothing to grow: checkpoint and config have the same tokens, {before.tokens}")
-
-
-def grown_taus(taus: Taus, step: int, model: Model, rule: GrowthRule) -> Taus:
+def grown_taus(taus: Taus, step: int, model: Model, rule: Growth) -> Taus:
     """tau of the next run, from its value at the step where the old one stopped."""
     grown: Taus = {}
     for role in ROLES:
         now, natural = taus[role].at(step), math.sqrt(getattr(model.tokens, role))
         grown[role] = {
             "keep": constant_tau(now),
-            "anneal": TauSchedule(now, natural, rule.tau_steps),
+            "anneal": TauSchedule(now, natural, rule.tau_steps or 0),
             "sqrt": constant_tau(natural),
         }[rule.tau]
     return grown
@@ -181,7 +133,7 @@ def _stored(reader: IntervalReader, shard: Shard, states: list[str]) -> Iterator
             yield from (values for _, values in reader.read(interval, state))
 
 
-def _new_rows(path: Path, states: list[str], target: RunConfig, old: Manifest, rule: GrowthRule) -> Shard:
+def _new_rows(path: Path, states: list[str], target: RunConfig, old: Manifest, rule: Growth) -> Shard:
     """A shard with the rows that the old model does not have."""
     added = [
         (name, range(old.shapes[name][0], shape[0]), shape[1])

@@ -68,7 +68,7 @@ class Manifest:
     totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "flops": 0.0})
     """tokens and floating-point operations spent since the first run"""
     loss: float | None = None
-    """training loss of the last step"""
+    """the last training loss that was logged"""
     val_loss: float | None = None
     """the last validation loss that was measured"""
     loss_scaler: dict[str, float] = field(default_factory=dict)

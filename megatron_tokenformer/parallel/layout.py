@@ -74,9 +74,8 @@ def start(parallel: Parallel, processes: Processes) -> Layout:
         UserError: the processes do not find each other, or there are more than GPUs on this host.
     """
     # torch 2.13 renames collectives that DeepSpeed, and we for the sake of 2.11, call by their old names.
-    warnings.filterwarnings(
-        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
-    )
+    renamed = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     device = _device(processes)
     timeout = timedelta(minutes=parallel.timeout_minutes)
     _join(processes, device, timeout)

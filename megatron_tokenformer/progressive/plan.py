@@ -8,10 +8,11 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_tokenformer.config.growth import Growth, check_growth
 from megatron_tokenformer.config.load import Tree, merge, parse_override, read_yaml, validate
-from megatron_tokenformer.config.schema import Model, RunConfig, Tokens, check_world
+from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.progressive.schema import Growth, Launch, Schedule, StageConfig
+from megatron_tokenformer.progressive.schema import Launch, Schedule, StageConfig
 
 
 @dataclass(frozen=True)
@@ -126,41 +127,15 @@ def _resolve(schedule: Schedule, wanted: StageConfig, path: Path, previous: Stag
     check_world(config, stage.nodes * stage.processes_per_node)
     if previous is None:
         return stage
-    _check_growth(previous, stage)
+    with _naming(f"grown from '{previous.name}'"):
+        check_growth(previous.config.model, config.model, stage.growth)
     merge(tree, {"checkpoint": {"load": str(stage.grown)}})
     return replace(stage, config=validate(RunConfig, tree, "config"))
 
 
-def _check_growth(previous: Stage, stage: Stage) -> None:
-    before, after = previous.config.model, stage.config.model
-    for key in Model.model_fields:
-        if key != "tokens" and getattr(before, key) != getattr(after, key):
-            raise UserError(
-                f"model.{key}={getattr(after, key)}, but stage '{previous.name}' before it has "
-                f"{getattr(before, key)}; growth adds tokens and keeps everything else"
-            )
-    for key in Tokens.model_fields:
-        old, new = getattr(before.tokens, key), getattr(after.tokens, key)
-        if new < old:
-            raise UserError(
-                f"model.tokens.{key}={new} is fewer than the {old} of stage '{previous.name}'; "
-                f"growth never takes tokens away"
-            )
-    if before.tokens == after.tokens:
-        raise UserError(
-            f"has the same tokens as stage '{previous.name}', so nothing grows; "
-            f"give it more model.tokens, or '{previous.name}' more training.steps"
-        )
-    if after.score_norm == "softmax" and not stage.growth.allow_inexact:
-        raise UserError(
-            "model.score_norm=softmax cannot grow without changing the function; "
-            "growth.allow_inexact=true accepts that"
-        )
-
-
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Say in errors which stage they are about."""
+    """Say in errors what they are about."""
     try:
         yield
     except UserError as error:

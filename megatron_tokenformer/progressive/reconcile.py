@@ -9,8 +9,7 @@ from typing import Any
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
-
-FINISHED = "finished.json"  # of training.loop, which would import torch
+from megatron_tokenformer.training.metrics import FINISHED
 
 # Changing these changes how a stage is trained, not what comes out of it.
 FREE_SETTINGS = (

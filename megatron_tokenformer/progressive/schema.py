@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.schema import Section
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -46,32 +47,6 @@ class Launch(Section):
     hostfile: str | None = None
     """for the launcher deepspeed on several nodes: lines of `host slots=N`"""
     slurm: Slurm = Slurm()
-
-
-class Growth(Section):
-    """How a stage's model is made of the one before; the words are those of tools/grow_checkpoint.py."""
-
-    tau: Literal["keep", "anneal", "sqrt"] = "keep"
-    tau_steps: PositiveInt | None = None
-    """with tau anneal: steps over which it reaches the square root of the new token count"""
-    keys: Literal["zero", "normal"] = "zero"
-    values: Literal["normal", "zero"] = "normal"
-    optimizer: Literal["carry", "reset"] = "carry"
-    allow_inexact: bool = False
-    """accept a growth that cannot keep the function (score_norm softmax)"""
-
-    @model_validator(mode="after")
-    def _can_work(self) -> Growth:
-        if self.keys == self.values == "zero":
-            raise ValueError(
-                "growth.keys=zero with growth.values=zero never learns; values=normal would work"
-            )
-        if (self.tau == "anneal") != (self.tau_steps is not None):
-            raise ValueError(
-                f"growth.tau={self.tau} with growth.tau_steps={self.tau_steps}; "
-                f"tau_steps belongs to tau=anneal, which needs it"
-            )
-        return self
 
 
 class StageConfig(Section):

@@ -45,15 +45,17 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
     """Build this rank's stage with its initial weights and hand it to DeepSpeed."""
     precision = resolve_precision(config, layout)
     with quiet_start():
-        module = deepspeed.PipelineModule(
-            layers=pipeline_layers(config.model, layout.tensor),
-            topology=layout.topology,
-            loss_fn=language_model_loss,
-            # 'parameters' would build every layer of the model on every rank just to count.
-            partition_method="type:TokenformerLayer",
-            activation_checkpoint_interval=1 if config.training.recompute == "layer" else 0,
-            checkpointable_layers=["TokenformerLayer"],
-        )
+        # Without gradients: it broadcasts tied weights, which autograd would take for part of the model.
+        with torch.no_grad():
+            module = deepspeed.PipelineModule(
+                layers=pipeline_layers(config.model, layout.tensor),
+                topology=layout.topology,
+                loss_fn=language_model_loss,
+                # 'parameters' would build every layer of the model on every rank just to count.
+                partition_method="type:TokenformerLayer",
+                activation_checkpoint_interval=1 if config.training.recompute == "layer" else 0,
+                checkpointable_layers=["TokenformerLayer"],
+            )
         mark_tensor_parallel(module, config)
         initialize(module, config.model, config.training.seed, layout.tensor)
         engine, *_ = deepspeed.initialize(

@@ -1,57 +1,24 @@
-"""The training loop: restore, then step, log, evaluate, save until the run has its steps."""
+"""The training loop: step, log, evaluate, save until the run has its steps."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_tokenformer.checkpoint import engine_state, store
-from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
-from megatron_tokenformer.config.load import dump_config
-from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import device_peak, flops_per_token, parameter_count
-from megatron_tokenformer.data.batches import Blend, open_blend
-from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.model.language_model import full_shapes
 from megatron_tokenformer.model.tau import set_taus
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.batches import Batch, pipeline_batches
-from megatron_tokenformer.training.engine import Engine, build_engine
-from megatron_tokenformer.training.metrics import MetricsLog
+from megatron_tokenformer.training.metrics import FINISHED, StepClock
 from megatron_tokenformer.training.progress import Progress
+from megatron_tokenformer.training.run import Run, open_run
 from megatron_tokenformer.training.schedule import learning_rate
-
-FINISHED = "finished.json"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run in this process: what is fixed, and the progress that moves."""
-
-    config: RunConfig
-    layout: Layout
-    engine: Engine
-    accumulation: int
-    training_data: Blend
-    validation_data: Blend | None
-    progress: Progress
-    log: MetricsLog
-
-    @property
-    def folder(self) -> Path:
-        """Where the run's checkpoints are."""
-        return checkpoint_folder(self.config)
-
-
-def checkpoint_folder(config: RunConfig) -> Path:
-    """Where a run writes its checkpoints."""
-    return Path(config.run_dir) / "checkpoints"
 
 
 def train(config: RunConfig, layout: Layout) -> Progress:
@@ -60,41 +27,29 @@ def train(config: RunConfig, layout: Layout) -> Progress:
     Raises:
         UserError: data, checkpoint and configuration do not fit together, or a save failed.
     """
-    accumulation = check_world(config, layout.processes.world_size)
-    training_data, validation_data = open_data(config)
-    restored = find_restore_point(config)
-    progress = Progress.from_manifest(restored[1]) if restored else Progress.fresh(config)
-    if progress.step >= config.training.steps and layout.is_main:
-        print(f"{config.run_dir} has its {config.training.steps} steps already", flush=True)
-    engine = build_engine(config, layout, accumulation)
-    if restored:
-        engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
-    with MetricsLog(config, progress.step, layout.is_main) as log:
-        run = Run(config, layout, engine, accumulation, training_data, validation_data, progress, log)
-        announce(run, restored)
-        _train_steps(run)
-    return progress
+    with open_run(config, layout) as run:
+        train_steps(run)
+    return run.progress
 
 
-def _train_steps(run: Run) -> None:
+def train_steps(run: Run) -> None:
+    """Step, log, evaluate and save until the run has its steps."""
     training, progress = run.config.training, run.progress
     if progress.step == 0:
         evaluate(run)
     batches = pipeline_batches(run.training_data, progress.position, run.config, run.layout, run.accumulation)
-    started, since = time.perf_counter(), progress.step
+    clock = StepClock(progress.step)
     while progress.step < training.steps:
         loss = train_step(run, batches)
         if progress.step % training.log_interval == 0 or progress.step == training.steps:
             progress.loss = loss.item()
-            now = time.perf_counter()
-            log_step(run, (now - started) / (progress.step - since))
-            started, since = now, progress.step
+            log_step(run, clock.seconds_per_step(progress.step))
         if due(training.eval_interval, progress.step, training.steps):
             evaluate(run)
-            started, since = time.perf_counter(), progress.step
+            clock = StepClock(progress.step)
         if due(run.config.checkpoint.interval, progress.step, training.steps):
             save(run)
-            started, since = time.perf_counter(), progress.step
+            clock = StepClock(progress.step)
     finish(run)
 
 
@@ -188,62 +143,6 @@ def finish(run: Run) -> None:
             "checkpoint": str(store.find_checkpoint(run.folder)),
         }
         store.replace_durably(Path(run.config.run_dir) / FINISHED, json.dumps(record, indent=1) + "\n")
-
-
-def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
-    """The training and validation blends, checked against the model's vocabulary."""
-    if not config.data.train:
-        raise UserError("data.train is empty; give the prefix of a preprocessed dataset, data.train=PREFIX")
-    length, seed = config.data.sequence_length, config.training.seed
-    training = open_blend(config.data.train, length, seed)
-    validation = open_blend(config.data.validation, length, seed) if config.data.validation else None
-    for blend in filter(None, (training, validation)):
-        blend.check_vocabulary(config.model.vocab_size)
-    return training, validation
-
-
-def find_restore_point(config: RunConfig) -> tuple[Path, Manifest] | None:
-    """The run's own newest checkpoint, else the one to load, else None; checked to fit the model.
-
-    Raises:
-        UserError: there is none where one was asked for, or it is of another model.
-    """
-    found = store.load_newest(checkpoint_folder(config))
-    if found is None and config.checkpoint.load is not None:
-        path = store.find_checkpoint(config.checkpoint.load)
-        found = path, read_manifest(path)
-    if found is None:
-        return None
-    path, manifest = found
-    for name, shape in full_shapes(config.model).items():
-        stored = manifest.shapes.get(name)
-        if stored != list(shape):
-            raise UserError(
-                f"checkpoint {path} has {name} of shape {stored}, the config's model has {list(shape)}; "
-                f"use its own config, or grow it with tools/grow_checkpoint.py"
-            )
-    return found
-
-
-def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
-    """Say what runs, on what, from where; and keep the resolved config beside the results."""
-    if not run.layout.is_main:
-        return
-    config, progress = run.config, run.progress
-    (Path(config.run_dir) / FINISHED).unlink(missing_ok=True)
-    store.replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
-    tokens = config.model.tokens
-    run.log.say(
-        f"{parameter_count(config.model):,} parameters ({tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per "
-        f"layer), {run.engine.precision}; {run.layout}"
-    )
-    if restored:
-        seen = f"{progress.tokens:,} tokens seen"
-        run.log.say(f"from {restored[0]} at step {progress.step}, {seen}")
-    needed = config.training.steps * config.training.global_batch_size
-    for source in run.training_data.sources:
-        epochs = needed * source.weight / source.windows
-        run.log.say(f"data {source.prefix}: {source.tokens:,} tokens, {epochs:.2f} epochs in this run")
 
 
 def _device_peak(run: Run) -> float | None:

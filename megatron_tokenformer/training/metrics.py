@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from megatron_tokenformer.checkpoint.store import replace_durably
 from megatron_tokenformer.config.schema import RunConfig
 
 METRICS = "metrics.jsonl"
+FINISHED = "finished.json"
+"""the record of a run that has all its steps; launchers' exit codes do not prove it"""
 
 
 class Sink(Protocol):
@@ -94,6 +97,20 @@ class MetricsLog:
             self._file.flush()
             for sink in self._sinks:
                 sink.log(row, row["step"])
+
+
+class StepClock:
+    """Mean time of a step since the clock was made or last asked."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._since = step, time.perf_counter()
+
+    def seconds_per_step(self, step: int) -> float:
+        """The mean over the steps since, of which `step` is the last; then the clock starts over."""
+        now = time.perf_counter()
+        mean = (now - self._since) / (step - self._step)
+        self._step, self._since = step, now
+        return mean
 
 
 def drop_rows_after(path: Path, step: int) -> None:

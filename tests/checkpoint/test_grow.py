@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tokenformer.checkpoint.grow import GrowthRule, grow
+from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, read_manifest
 from megatron_tokenformer.checkpoint.shards import IntervalReader
 from megatron_tokenformer.checkpoint.store import find_checkpoint
+from megatron_tokenformer.config.growth import Growth
+from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.tau import taus_from_json
@@ -68,7 +70,7 @@ def test_grown_twice_the_loss_is_preserved_and_falls_on(tmp_path: Path, tensor: 
     config = stage(tmp_path, 0, tensor, model=model)
     for number in (1, 2):
         target = toy_config(tmp_path, model={"tokens": TOKENS[number], **model})
-        path, _ = grow(find_checkpoint(config.run_dir), target, tmp_path / f"grown{number}", GrowthRule())
+        path, _ = grow(find_checkpoint(config.run_dir), target, tmp_path / f"grown{number}", Growth())
         before = validation_losses(config)[-1]
         config = stage(tmp_path, number, 3 - tensor, load=path, model=model)
         after, end = validation_losses(config)
@@ -90,7 +92,7 @@ def grown(trained: tuple[Path, RunConfig], tmp_path: Path, **rule: Any) -> tuple
     folder, config = trained
     source = find_checkpoint(config.run_dir)
     target = toy_config(folder, model={"tokens": TOKENS[2]})
-    return source, *grow(source, target, tmp_path, GrowthRule(**rule))
+    return source, *grow(source, target, tmp_path, Growth(**rule))
 
 
 def test_old_rows_are_carried_bit_for_bit_and_new_rows_start_as_told(
@@ -152,23 +154,21 @@ def test_growing_again_replaces_what_is_there(trained: tuple[Path, RunConfig], t
 @pytest.mark.parametrize(
     "model, rule, words",
     [
-        ({"tokens": TOKENS[2]}, {"keys": "zero", "values": "zero"}, "never learn"),
-        ({"tokens": TOKENS[2]}, {"tau": "anneal"}, "--tau-steps"),
         (
             {"tokens": TOKENS[2], "hidden_size": 64},
             {},
-            "model.hidden_size: the checkpoint has 32, the config 64",
+            "model.hidden_size: it was 32, the config has 64",
         ),
-        ({"tokens": TOKENS[2], "layers": 3}, {}, "model.layers: the checkpoint has 2, the config 3"),
+        ({"tokens": TOKENS[2], "layers": 3}, {}, "model.layers: it was 2, the config has 3"),
         ({"tokens": TOKENS[2], "attention_heads": 2}, {}, "model.attention_heads"),
         ({"tokens": TOKENS[2], "vocab_size": 128}, {}, "model.vocab_size"),
         (
             {"tokens": {"qkv": 8, "output": 16, "ffn": 64}},
             {},
-            "model.tokens.qkv=16 in the checkpoint, 8 in the",
+            "model.tokens.qkv was 16, the config has 8",
         ),
-        ({"tokens": TOKENS[0]}, {}, "nothing to grow"),
-        ({"tokens": TOKENS[2], "score_norm": "softmax"}, {}, "--allow-inexact"),
+        ({"tokens": TOKENS[0]}, {}, "nothing grows"),
+        ({"tokens": TOKENS[2], "score_norm": "softmax"}, {}, "allow_inexact"),
     ],
 )
 def test_what_is_not_growth_is_refused_in_words(
@@ -176,8 +176,21 @@ def test_what_is_not_growth_is_refused_in_words(
 ) -> None:
     folder, config = trained
     with pytest.raises(UserError, match=words):
-        grow(find_checkpoint(config.run_dir), toy_config(folder, model=model), tmp_path, GrowthRule(**rule))
+        grow(find_checkpoint(config.run_dir), toy_config(folder, model=model), tmp_path, Growth(**rule))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "rule, words",
+    [
+        ({"keys": "zero", "values": "zero"}, "never learns"),
+        ({"tau": "anneal"}, "tau=anneal, which needs it"),
+        ({"tau_steps": 5}, "tau_steps belongs to tau=anneal"),
+    ],
+)
+def test_rules_that_cannot_work_are_refused_in_words(rule: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        validate(Growth, rule, "growth")
 
 
 def test_a_damaged_shard_is_not_grown(trained: tuple[Path, RunConfig], tmp_path: Path) -> None:
@@ -189,5 +202,5 @@ def test_a_damaged_shard_is_not_grown(trained: tuple[Path, RunConfig], tmp_path:
     content[-5] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"rank-00001\.safetensors is damaged"):
-        grow(copy, toy_config(folder, model={"tokens": TOKENS[2]}), tmp_path / "out", GrowthRule())
+        grow(copy, toy_config(folder, model={"tokens": TOKENS[2]}), tmp_path / "out", Growth())
     assert not (tmp_path / "out" / "latest").exists()

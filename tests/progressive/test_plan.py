@@ -73,10 +73,13 @@ FEWER = {"qkv": 8, "output": 8, "ffn": 16}
         (change("stages.1.growth", {"tau": "anneal"}), "tau_steps belongs to tau=anneal"),
         (change("stages.1.processes_per_node", 3), "stage 'b': parallel.tensor=2 x parallel.pipeline=1 does"),
         (change("stages.1.config.parallel.tensor", 3), "not divisible by parallel.tensor=3"),
-        (change("stages.1.config.model.layers", 3), "model.layers=3, but stage 'a' before it has 2"),
-        (change("stages.2.config.model.tokens", FEWER), "tokens.qkv=8 is fewer than the 16 of stage 'b'"),
-        (change("stages.1.config.model.tokens.output", 4), "tokens.output=4 is fewer than the 8 of"),
-        (change("common.model.score_norm", "softmax"), "growth.allow_inexact=true accepts that"),
+        (
+            change("stages.1.config.model.layers", 3),
+            "'b': grown from 'a': growth keeps model.layers: it was 2",
+        ),
+        (change("stages.2.config.model.tokens", FEWER), "takes no tokens away: model.tokens.qkv was 16"),
+        (change("stages.1.config.model.tokens.output", 4), "takes no tokens away: model.tokens.output was 8"),
+        (change("common.model.score_norm", "softmax"), "allow_inexact accepts that"),
         (change("common.run_dir", "x"), "give it no other"),
         (change("stages.1.config.checkpoint", {"load": "x"}), "starts from 'a', grown"),
         (change("common.data.train", []), "data.train is empty"),
@@ -94,5 +97,5 @@ def test_refused_in_words(schedule: Tree, write: Write, edit: Callable[[Tree], N
 
 def test_a_stage_that_does_not_grow_is_refused(schedule: Tree, write: Write) -> None:
     schedule["stages"][2]["config"]["model"] = schedule["stages"][1]["config"]["model"]
-    with pytest.raises(UserError, match="stage 'c': has the same tokens as stage 'b'"):
+    with pytest.raises(UserError, match="stage 'c': grown from 'b': nothing grows"):
         load_plan(write(schedule))

@@ -24,7 +24,7 @@ def train_here(layout: Layout, config: RunConfig) -> None:
 def golden_run(folder: Path) -> list[float]:
     """Losses of twenty steps on two tensor-parallel ranks.
 
-    `python -m tests.training.test_golden` writes the file anew, after a change that is meant to change numbers.
+    `python -m tests.training.test_golden` writes the file anew, after a change meant to change numbers.
     """
     config = toy_config(folder, parallel={"tensor": 2}, training={"steps": 20, "micro_batch_size": 4})
     run_ranks(2, train_here, config, tensor=2)

@@ -1,0 +1,63 @@
+"""How a model grows: what new tokens start as, what becomes of tau and the optimizer, what is no growth."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt, model_validator
+
+from megatron_tokenformer.config.schema import Model, Section, Tokens
+from megatron_tokenformer.errors import UserError
+
+
+class Growth(Section):
+    """The rule of a growth.  The defaults are exact: the grown model computes what the old one did."""
+
+    keys: Literal["zero", "normal"] = "zero"
+    """new rows of K; zero keys have no weight until they have learned"""
+    values: Literal["normal", "zero"] = "normal"
+    """new rows of V"""
+    tau: Literal["keep", "anneal", "sqrt"] = "keep"
+    """keep: the number stays; anneal: it goes to sqrt(n) over `tau_steps` steps; sqrt: it jumps there"""
+    tau_steps: PositiveInt | None = None
+    """steps of the next stage over which tau is annealed"""
+    optimizer: Literal["carry", "reset"] = "carry"
+    """carry: old rows keep their Adam moments and the step count, new rows start at zero; reset: all do"""
+    allow_inexact: bool = False
+    """grow under score_norm softmax too, where the function always changes"""
+
+    @model_validator(mode="after")
+    def _can_work(self) -> Growth:
+        if self.keys == self.values == "zero":
+            raise ValueError("growth.keys=zero with growth.values=zero never learns; values=normal works")
+        if (self.tau == "anneal") != (self.tau_steps is not None):
+            raise ValueError(
+                f"growth.tau={self.tau} with growth.tau_steps={self.tau_steps}; "
+                f"tau_steps belongs to tau=anneal, which needs it"
+            )
+        return self
+
+
+def check_growth(before: Model, after: Model, growth: Growth) -> None:
+    """Refuse what is not growth of tokens, or would change the function without being asked to.
+
+    Raises:
+        UserError: names the key and both values.
+    """
+    for key in Model.model_fields:
+        old, new = getattr(before, key), getattr(after, key)
+        if key != "tokens" and old != new:
+            raise UserError(f"growth keeps model.{key}: it was {old}, the config has {new}; only tokens grow")
+    for key in Tokens.model_fields:
+        old, new = getattr(before.tokens, key), getattr(after.tokens, key)
+        if new < old:
+            raise UserError(
+                f"growth takes no tokens away: model.tokens.{key} was {old}, the config has {new}"
+            )
+    if before.tokens == after.tokens:
+        raise UserError(f"nothing grows: model.tokens stays {dict(before.tokens)}; give more of them")
+    if after.score_norm == "softmax" and not growth.allow_inexact:
+        raise UserError(
+            "under model.score_norm=softmax a new token has weight even with a zero key, so growth changes "
+            "the function; allow_inexact accepts that, and the next stage tells the change of the loss"
+        )
