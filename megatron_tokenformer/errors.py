@@ -20,18 +20,29 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+def in_words(error: Exception) -> UserError:
+    """The error to tell a user for this one; what can only be a bug of ours is raised again as it is."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}", exit_code=1)
+    raise error
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and leave the process with its exit code.
 
-    A :class:`UserError` becomes one line on standard error and its own exit code, Ctrl-C becomes 130 as in a
-    shell. Any other exception is a bug of ours and keeps its traceback.
+    A mistake of the user's, or a file that cannot be read or written, becomes one line on standard error and
+    an exit code, Ctrl-C becomes 130 as in a shell. Any other exception is a bug of ours and keeps its
+    traceback.
     """
     try:
         code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        told = in_words(error)
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
     sys.exit(code or 0)

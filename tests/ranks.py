@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_tokenformer.config.schema import Parallel
+from megatron_tokenformer.parallel.environment import find_processes, free_port
 
 PRELOADED = ["tests.preload"]
 TIMEOUT_S = 300
@@ -32,8 +33,6 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, **
     Raises:
         AssertionError: a rank raised (its traceback is the message), died, or did not end.
     """
-    from megatron_tokenformer.parallel.layout import free_port
-
     port = free_port()
     parallel = Parallel(**{"timeout_minutes": 1.0, **layout})
     pipes, processes = [], []
@@ -79,7 +78,6 @@ def _rank(
     import torch
 
     from megatron_tokenformer.parallel import layout
-    from megatron_tokenformer.parallel.environment import find_processes
 
     torch.set_num_threads(1)
     os.environ.update(

@@ -10,6 +10,8 @@ import numpy as np
 from megatron_tokenformer.config.load import merge, validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.indexed import TokenFileWriter
+from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.loop import train
 
 VOCABULARY = 64
 
@@ -53,3 +55,8 @@ def toy_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
         "checkpoint": {"interval": 0},
     }
     return validate(RunConfig, merge(tree, sections), "toy")
+
+
+def train_toy(layout: Layout, config: RunConfig) -> None:
+    """Train on this rank, for `run_ranks`."""
+    train(config, layout)

@@ -52,11 +52,12 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(f"no complete checkpoint at {path}: no {MANIFEST} there or in a step-* folder")
 
 
-def load_newest(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint of a run whose manifest and shard sizes are in order, passing over bad ones."""
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint whose manifest and shard sizes are in order, passing over bad ones."""
     for path in reversed(complete_checkpoints(folder)):
         try:
-            return path, read_manifest(path)
+            read_manifest(path)
+            return path
         except UserError as error:
             print(f"warning: passing over {path}: {error}", flush=True)
     return None

@@ -87,7 +87,7 @@ class Parallel(Section):
 
 
 class Tokenizer(Section):
-    """The tokenizer that made the data: its type and its file."""
+    """The tokenizer that made the data; kept in checkpoints, for tools that need text."""
 
     type: Literal["HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer"] = "HFTokenizer"
     model: str | None = None

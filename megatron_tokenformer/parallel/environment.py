@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,3 +66,10 @@ def _port(environment: Mapping[str, str]) -> int:
         return int(environment["MASTER_PORT"])
     job = environment.get("SLURM_JOB_ID")
     return 10_000 + int(job) % 20_000 if job else 0
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago on this host."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -6,10 +6,11 @@ makes the tensor-parallel group (its cross entropy needs it); DeepSpeed's topolo
 
 from __future__ import annotations
 
-import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -20,8 +21,10 @@ from megatron.core import parallel_state
 from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.collectives import TensorParallel
-from megatron_tokenformer.parallel.environment import Processes
+from megatron_tokenformer.parallel.environment import Processes, free_port
 from megatron_tokenformer.quiet import quiet_start
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,24 @@ def stop() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def from_main_rank(decide: Callable[[], Result]) -> Result:
+    """Let the main rank decide something, and tell all ranks its answer or its mistake.
+
+    Raises:
+        UserError: the main rank's, on every rank.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]  # type: ignore[no-any-return]
 
 
 def limit_grid_timeouts(grid: object, timeout: timedelta) -> None:
@@ -170,10 +191,3 @@ def _locate(parallel: Parallel, processes: Processes, device: torch.device, time
         device=device,
         timeout=timeout,
     )
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.parallel.environment import free_port
 from megatron_tokenformer.progressive.plan import Stage
 from megatron_tokenformer.progressive.schema import Launch
 
@@ -84,7 +84,7 @@ def deepspeed(stage: Stage, launch: Launch) -> Command:
     argv = [executable, "--log_level", "error", "--num_gpus", str(stage.processes_per_node)]
     if launch.hostfile is not None:
         argv += ["--hostfile", launch.hostfile, "--num_nodes", str(stage.nodes)]
-    argv += ["--master_port", str(_free_port()), "--module", TRAINER, "--config", str(stage.run_file)]
+    argv += ["--master_port", str(free_port()), "--module", TRAINER, "--config", str(stage.run_file)]
     return Command(argv, _threads(stage), settle_seconds=REMOTE_SECONDS if launch.hostfile else 0.0)
 
 
@@ -164,12 +164,6 @@ def _threads(stage: Stage) -> dict[str, str]:
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // stage.processes_per_node))}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _quoted(value: object) -> str:

@@ -32,7 +32,7 @@ class MetricsLog:
 
     Args:
         config: of the run; `run_dir` and `logging` are read.
-        step: where the run goes on; rows after it are of steps that are done again, and are dropped.
+        step: the last step whose rows stay; those after it are of steps that are done again.
     """
 
     def __init__(self, config: RunConfig, step: int, is_main: bool) -> None:
@@ -44,7 +44,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         drop_rows_after(folder / METRICS, step)
         self._file = open(folder / METRICS, "a", encoding="utf-8")
-        self._bar = tqdm(total=self.steps, initial=step, unit="step", disable=None, leave=False)
+        self._bar = tqdm(total=self.steps, initial=max(step, 0), unit="step", disable=None, leave=False)
         if config.logging.wandb.mode != "disabled":
             self._sinks.append(_WandbSink(config))
         if config.logging.tensorboard:

@@ -8,7 +8,7 @@ import sys
 
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
-from megatron_tokenformer.errors import UserError, run_cli
+from megatron_tokenformer.errors import UserError, in_words, run_cli
 from megatron_tokenformer.parallel.environment import find_processes
 from megatron_tokenformer.quiet import quiet_imports
 
@@ -36,10 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
     arguments = parser.parse_args(argv)
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        pretrain(config)
-    except UserError as error:
-        return _tell(error)
+        pretrain(load_config(arguments.config, arguments.overrides))
+    except Exception as error:
+        return _tell(in_words(error))
     return 0
 
 
@@ -52,11 +51,8 @@ def pretrain(config: RunConfig) -> None:
         from megatron_tokenformer.parallel import layout
         from megatron_tokenformer.training.loop import train
 
-    here = layout.start(config.parallel, processes)
-    try:
-        train(config, here)
-    finally:
-        layout.stop()
+    train(config, layout.start(config.parallel, processes))
+    layout.stop()  # not after a failure: it would wait for ranks that still wait for this one
 
 
 def _tell(error: UserError) -> int:

@@ -15,7 +15,7 @@ from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.data.batches import Blend, open_blend
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import full_shapes
-from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.parallel.layout import Layout, from_main_rank
 from megatron_tokenformer.training.engine import Engine, build_engine
 from megatron_tokenformer.training.metrics import FINISHED, MetricsLog
 from megatron_tokenformer.training.progress import Progress
@@ -54,12 +54,15 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     """
     accumulation = check_world(config, layout.processes.world_size)
     training_data, validation_data = open_data(config)
-    restored = find_restore_point(config)
+    # One rank decides for all: on a network file system each may see another newest checkpoint.
+    path = from_main_rank(lambda: find_restore_point(config))
+    restored = (path, read_manifest(path)) if path else None
     progress = Progress.from_manifest(restored[1]) if restored else Progress.fresh(config)
     engine = build_engine(config, layout, accumulation)
     if restored:
         engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
-    with MetricsLog(config, progress.step, layout.is_main) as log:
+    # At step 0 the first thing that a run does is to measure and log it again.
+    with MetricsLog(config, progress.step or -1, layout.is_main) as log:
         run = Run(config, layout, engine, accumulation, training_data, validation_data, progress, log)
         announce(run, restored)
         yield run
@@ -77,27 +80,26 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     return training, validation
 
 
-def find_restore_point(config: RunConfig) -> tuple[Path, Manifest] | None:
-    """The run's own newest checkpoint, else the one to load, else None; checked to fit the model.
+def find_restore_point(config: RunConfig) -> Path | None:
+    """The run's own newest checkpoint, else the one to load, else None.
 
     Raises:
         UserError: there is none where one was asked for, or it is of another model.
     """
-    found = store.load_newest(checkpoint_folder(config))
-    if found is None and config.checkpoint.load is not None:
+    path = store.newest_good(checkpoint_folder(config))
+    if path is None and config.checkpoint.load is not None:
         path = store.find_checkpoint(config.checkpoint.load)
-        found = path, read_manifest(path)
-    if found is None:
+    if path is None:
         return None
-    path, manifest = found
+    stored = read_manifest(path).shapes
     for name, shape in full_shapes(config.model).items():
-        stored = manifest.shapes.get(name)
-        if stored != list(shape):
+        there, here = stored.get(name), list(shape)
+        if there != here:
             raise UserError(
-                f"checkpoint {path} has {name} of shape {stored}, the config's model has {list(shape)}; "
+                f"checkpoint {path} has {name} of shape {there}, the config's model has {here}; "
                 f"use its own config, or grow it with tools/grow_checkpoint.py"
             )
-    return found
+    return path
 
 
 def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:

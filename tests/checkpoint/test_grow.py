@@ -18,21 +18,15 @@ from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.tau import taus_from_json
-from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
-from tests.toy import toy_config
+from tests.toy import toy_config, train_toy
 
 TOKENS = [
     {"qkv": 16, "output": 16, "ffn": 64},
     {"qkv": 32, "output": 24, "ffn": 64},
     {"qkv": 96, "output": 32, "ffn": 200},
 ]
-
-
-def train_here(layout: Layout, config: RunConfig) -> None:
-    train(config, layout)
 
 
 def stage(folder: Path, number: int, tensor: int, load: Path | None = None, **sections: Any) -> RunConfig:
@@ -46,7 +40,7 @@ def stage(folder: Path, number: int, tensor: int, load: Path | None = None, **se
         **sections,
     )
     config = config.model_copy(update={"run_dir": str(folder / f"stage{number}")})
-    run_ranks(tensor, train_here, config, tensor=tensor)
+    run_ranks(tensor, train_toy, config, tensor=tensor)
     return config
 
 

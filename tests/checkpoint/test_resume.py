@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from megatron_tokenformer.checkpoint.manifest import read_manifest
-from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint, load_newest
+from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint, newest_good
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import find_restore_point, train
 from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
-from tests.toy import toy_config
+from tests.toy import toy_config, train_toy
 
 LAYOUTS = {  # processes, layout
     "1": (1, {}),
@@ -28,10 +28,6 @@ LAYOUTS = {  # processes, layout
     "tensor 2 pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
     "pipeline 2 data 2": (4, {"pipeline": 2}),
 }
-
-
-def train_here(layout: Layout, config: RunConfig) -> None:
-    train(config, layout)
 
 
 def run(
@@ -47,7 +43,7 @@ def run(
         checkpoint={"load": str(load) if load else None},
     )
     config = config.model_copy(update={"run_dir": str(folder / name)})
-    run_ranks(world_size, train_here, config, **parallel)
+    run_ranks(world_size, train_toy, config, **parallel)
     return read_rows(folder / name / "metrics.jsonl")
 
 
@@ -105,7 +101,7 @@ def saved(folder: Path, tmp_path: Path) -> Path:
     """A run's folder with two checkpoints, to be damaged."""
     if not (folder / "two").exists():
         config = toy_config(folder, training={"steps": 4}, checkpoint={"interval": 2})
-        run_ranks(1, train_here, config.model_copy(update={"run_dir": str(folder / "two")}))
+        run_ranks(1, train_toy, config.model_copy(update={"run_dir": str(folder / "two")}))
     shutil.copytree(folder / "two", tmp_path / "two")
     return tmp_path / "two"
 
@@ -140,8 +136,8 @@ def test_damage_is_refused_with_file_and_reason_and_the_one_before_is_taken(save
     with pytest.raises(UserError, match=words) as refused:
         read_manifest(newest)
     assert str(newest) in str(refused.value)
-    found = load_newest(saved / "checkpoints")
-    assert found is not None and found[1].step == 2
+    found = newest_good(saved / "checkpoints")
+    assert found is not None and found.name == "step-00000002"
 
 
 def test_a_checkpoint_of_another_shape_is_refused(saved: Path, folder: Path) -> None:
@@ -156,7 +152,7 @@ def test_a_checkpoint_of_another_shape_is_refused(saved: Path, folder: Path) -> 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     config = toy_config(tmp_path, training={"steps": 4}, checkpoint={"interval": 1, "keep_last": 2})
-    run_ranks(1, train_here, config)
+    run_ranks(1, train_toy, config)
     kept = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in kept] == ["step-00000003", "step-00000004"]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
-from tests.toy import toy_config
+from tests.toy import toy_config, train_toy
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-
-
-def train_here(layout: Layout, config: RunConfig) -> None:
-    train(config, layout)
 
 
 def golden_run(folder: Path) -> list[float]:
@@ -27,7 +20,7 @@ def golden_run(folder: Path) -> list[float]:
     `python -m tests.training.test_golden` writes the file anew, after a change meant to change numbers.
     """
     config = toy_config(folder, parallel={"tensor": 2}, training={"steps": 20, "micro_batch_size": 4})
-    run_ranks(2, train_here, config, tensor=2)
+    run_ranks(2, train_toy, config, tensor=2)
     return [row["loss"] for row in read_rows(folder / "run" / "metrics.jsonl") if "loss" in row]
 
 

@@ -7,23 +7,16 @@ from typing import Any
 
 import pytest
 
-from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
-from tests.toy import toy_config, write_tokens
-
-
-def train_here(layout: Layout, config: RunConfig) -> None:
-    train(config, layout)
+from tests.toy import toy_config, train_toy, write_tokens
 
 
 def run(folder: Path, name: str, world_size: int, parallel: dict[str, Any], **training: Any) -> list[dict]:
     """Train the toy run on this layout; return its metrics rows."""
     config = toy_config(folder, parallel=parallel, training=training)
     config = config.model_copy(update={"run_dir": str(folder / name)})
-    run_ranks(world_size, train_here, config, **parallel)
+    run_ranks(world_size, train_toy, config, **parallel)
     return read_rows(Path(config.run_dir) / "metrics.jsonl")
 
 

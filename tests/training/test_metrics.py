@@ -11,15 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import device_peak, flops_per_token, parameter_count
-from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import drop_rows_after, read_rows
 from tests.ranks import run_ranks
-from tests.toy import toy_config
-
-
-def train_here(layout: Layout, config: RunConfig) -> None:
-    train(config, layout)
+from tests.toy import toy_config, train_toy
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]
         logging={"wandb": {"mode": "offline"}, "tensorboard": True},
         training={"eval_interval": 4, "log_interval": 2},
     )
-    run_ranks(1, train_here, config)
+    run_ranks(1, train_toy, config)
     return folder / "run", config
 
 
