@@ -131,7 +131,8 @@ def _device(processes: Processes) -> torch.device:
     if processes.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {processes.local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-            f"start as many processes on it as it has GPUs"
+            f"start as many processes on it as it has GPUs",
+            exit_code=1,
         )
     torch.cuda.set_device(processes.local_rank)
     return torch.device("cuda", processes.local_rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 
 from megatron_tokenformer.config.load import load_config
@@ -57,11 +57,14 @@ def pretrain(config: RunConfig) -> None:
 
 def _tell(error: UserError) -> int:
     """Say a mistake in the configuration once, and a failure of the run with the rank that it struck."""
-    rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
-    if error.exit_code == 2 and rank != "0":
-        return error.exit_code
-    where = "" if alone or error.exit_code == 2 else f"rank {rank}: "
-    print(f"error: {where}{error}", file=sys.stderr, flush=True)
+    rank, world_size = 0, 1
+    with contextlib.suppress(UserError):
+        here = find_processes()
+        rank, world_size = here.rank, here.world_size
+    if error.exit_code == 1 and world_size > 1:
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    elif rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
