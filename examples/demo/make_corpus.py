@@ -10,13 +10,10 @@ import argparse
 import ast
 import hashlib
 import os
-import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import orjson
 import zstandard
