@@ -162,7 +162,7 @@ def test_growing_again_replaces_what_is_there(trained: tuple[Path, RunConfig], t
             "model.tokens.qkv was 16, the config has 8",
         ),
         ({"tokens": TOKENS[0]}, {}, "nothing grows"),
-        ({"tokens": TOKENS[2], "score_norm": "softmax"}, {}, "allow_inexact"),
+        ({"tokens": TOKENS[2], "score_norm": "softmax"}, {}, "model.score_norm: it was l2_norm_gelu"),
     ],
 )
 def test_what_is_not_growth_is_refused_in_words(
@@ -172,6 +172,18 @@ def test_what_is_not_growth_is_refused_in_words(
     with pytest.raises(UserError, match=words):
         grow(find_checkpoint(config.run_dir), toy_config(folder, model=model), tmp_path, Growth(**rule))
     assert not list(tmp_path.iterdir())
+
+
+def test_softmax_grows_only_when_asked_because_its_loss_changes(tmp_path: Path) -> None:
+    model = {"score_norm": "softmax"}
+    source = find_checkpoint(stage(tmp_path, 0, tensor=1, model=model).run_dir)
+    target = toy_config(tmp_path, model={"tokens": TOKENS[2], **model})
+    with pytest.raises(UserError, match="allow_inexact accepts that"):
+        grow(source, target, tmp_path / "grown", Growth())
+    path, _ = grow(source, target, tmp_path / "grown", Growth(allow_inexact=True))
+    config = stage(tmp_path, 2, tensor=1, load=path, model=model)
+    before, after = read_manifest(source).val_loss, validation_losses(config)[0]
+    assert before is not None and after != pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.parametrize(
