@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+# A write that fails does not know the name of its file.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -24,8 +28,9 @@ def in_words(error: Exception) -> UserError:
     """The error to tell a user for this one; what can only be a bug of ours is raised again as it is."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.filename is not None:
-        return UserError(f"{error.filename}: {error.strerror}", exit_code=1)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL_DISK):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return UserError(f"{where}{error.strerror}", exit_code=1)
     raise error
 
 

@@ -7,6 +7,7 @@ import os
 import time
 
 from megatron_tokenformer.data.preprocess import Job, preprocess
+from megatron_tokenformer.data.readers import add_input_arguments
 from megatron_tokenformer.data.tokenizers import TOKENIZER_TYPES
 from megatron_tokenformer.errors import run_cli
 
@@ -24,14 +25,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_input_arguments(parser)
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="files or quoted globs: .jsonl, .jsonl.gz, .jsonl.zst",
-    )
     add(
         "--output-prefix",
         required=True,
@@ -43,12 +38,6 @@ def parse_arguments() -> argparse.Namespace:
         "--tokenizer-model",
         metavar="FILE",
         help="tokenizer.json or sentencepiece .model (ByteTokenizer: none)",
-    )
-    add(
-        "--json-key",
-        default="text",
-        metavar="KEY",
-        help="where a line's text is (default: text); also names the output",
     )
     add(
         "--append-eod",

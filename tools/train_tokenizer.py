@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_tokenformer.data.readers import add_input_arguments
 from megatron_tokenformer.data.tokenizer_training import TRAINABLE_TYPES, train_tokenizer
 from megatron_tokenformer.errors import run_cli
 
@@ -18,18 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_input_arguments(parser)
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="files or quoted globs: .jsonl, .jsonl.gz, .jsonl.zst",
-    )
     add("--type", choices=TRAINABLE_TYPES, default="HFTokenizer")
     add("--vocab-size", type=int, required=True, metavar="N", help="ids wanted, special tokens included")
     add("--output", required=True, metavar="FILE", help="tokenizer.json or .model to write")
-    add("--json-key", default="text", metavar="KEY", help="where a line's text is (default: text)")
     add("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args()
     size = train_tokenizer(

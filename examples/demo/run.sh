@@ -20,6 +20,13 @@ case $TOKENIZER in
   *) echo "error: DEMO_TOKENIZER=$TOKENIZER; use HFTokenizer or SentencePieceTokenizer" >&2; exit 2 ;;
 esac
 
+# Two processes need two GPUs, or none.
+GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$GPUS" -lt 2 ] && [ -z "${DS_ACCELERATOR:-}" ]; then
+  [ "$GPUS" = 0 ] || echo "one GPU cannot serve the demo's two processes, so they use the CPU"
+  export DS_ACCELERATOR=cpu
+fi
+
 say() { printf '\n== %s\n' "$*"; }
 
 mkdir -p "$RUN"

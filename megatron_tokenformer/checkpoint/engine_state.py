@@ -8,7 +8,7 @@ are DeepSpeed's private ones; `tests/checkpoint/test_engine_state.py` tells when
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,18 +104,14 @@ def save(module: nn.Module, zero: Any, layout: Layout, folder: Path, manifest: M
     temporary = folder / store.temporary_name(manifest.step)
     _all_or_none(manifest.step, lambda: store.make_empty(temporary) if layout.is_main else None)
     everyone = _all_or_none(manifest.step, lambda: _write_own_shard(module, zero, layout, temporary))
-    if layout.is_main:
-        manifest = Manifest(
-            **{
-                **vars(manifest),
-                "shards": [shard for shard in everyone if shard],
-                "states": list(STATES),
-                "adam_step": int(adam_state(zero)["step"]),
-                "loss_scaler": _loss_scaler_state(zero),
-            }
-        )
-        store.publish(temporary, manifest)
-    dist.barrier()
+    complete = replace(
+        manifest,
+        shards=[shard for shard in everyone if shard],
+        states=list(STATES),
+        adam_step=int(adam_state(zero)["step"]),
+        loss_scaler=_loss_scaler_state(zero),
+    )
+    _all_or_none(manifest.step, lambda: store.publish(temporary, complete) if layout.is_main else None)
     return folder / store.step_name(manifest.step)
 
 
@@ -163,8 +159,9 @@ def load(module: nn.Module, zero: Any, layout: Layout, folder: Path, manifest: M
                 fragment.states[key].narrow(0, offset, values.numel()).copy_(values)
     state["step"].fill_(manifest.adam_step)
     scaler = getattr(zero, "loss_scaler", None)
-    if isinstance(scaler, DynamicLossScaler):
-        vars(scaler).update(manifest.loss_scaler)
+    if isinstance(scaler, DynamicLossScaler) and manifest.loss_scaler:
+        for key in LOSS_SCALER_STATE:
+            setattr(scaler, key, type(getattr(scaler, key))(manifest.loss_scaler[key]))
     zero.update_lp_params()
 
 

@@ -30,8 +30,9 @@ from megatron_tokenformer.checkpoint.manifest import (
     Shard,
     read_manifest,
 )
-from megatron_tokenformer.checkpoint.shards import IntervalReader, file_hash, write_shard
+from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, verify_shard, write_shard
 from megatron_tokenformer.config.growth import Growth, check_growth
+from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
@@ -53,16 +54,30 @@ def grow(source: Path, target: RunConfig, folder: Path, rule: Growth) -> tuple[P
     Reads and writes in blocks of rows; no more than one is in memory.  The source is left as it is.
 
     Raises:
-        UserError: the models differ in more than tokens, or a shard is damaged.
+        UserError: the models differ in more than tokens, a shard is damaged, the folder is that of a run, or
+            it cannot be written; nothing new is then there.
     """
     old = read_manifest(source)
-    before = Model.model_validate(old.config["model"])
+    before = validate(Model, old.config.get("model", {}), str(source))
     check_growth(before, target.model, rule)
-    shapes = full_shapes(target.model)
-    taus = grown_taus(taus_from_json(old.taus), old.step, target.model, rule)
-    states = [WEIGHT] if rule.optimizer == "reset" else old.states
+    others = [path.name for path in store.complete_checkpoints(folder) if path.name != store.step_name(0)]
+    if others:
+        raise UserError(f"{folder} holds {others[-1]}, so it is a run's; grow into a folder of its own")
     temporary = folder / store.temporary_name(0)
-    store.make_empty(temporary)
+    try:
+        store.make_empty(temporary)
+        grown = _write_grown(source, old, before, target, temporary, rule)
+        return store.publish(temporary, grown), grown
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot grow {source} into {folder}: {error.strerror}", exit_code=1) from None
+
+
+def _write_grown(
+    source: Path, old: Manifest, before: Model, target: RunConfig, temporary: Path, rule: Growth
+) -> Manifest:
+    """Write the shards of the grown checkpoint, and return its manifest."""
+    states = [WEIGHT] if rule.optimizer == "reset" else old.states
     shards = _old_shards(source, old, states, temporary)
     new = temporary / f"grown-{len(old.history) + 1:03d}.safetensors"
     shards.append(_new_rows(new, states, target, old, rule))
@@ -77,18 +92,17 @@ def grow(source: Path, target: RunConfig, folder: Path, rule: Growth) -> tuple[P
         "parameters_after": parameter_count(target.model),
         **rule.model_dump(),
     }
-    grown = replace(
+    return replace(
         old,
         config=target.model_dump(mode="json"),
         step=0,
         adam_step=old.adam_step if rule.optimizer == "carry" else 0,
-        taus=taus_to_json(taus),
-        shapes={name: list(shape) for name, shape in shapes.items()},
+        taus=taus_to_json(grown_taus(taus_from_json(old.taus), old.step, target.model, rule)),
+        shapes={name: list(shape) for name, shape in full_shapes(target.model).items()},
         states=states,
         shards=shards,
         history=[*old.history, entry],
     )
-    return store.publish(temporary, grown), grown
 
 
 def grown_taus(taus: Taus, step: int, model: Model, rule: Growth) -> Taus:
@@ -110,21 +124,14 @@ def _old_shards(source: Path, old: Manifest, states: list[str], folder: Path) ->
     total = sum(shard.size for shard in old.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="old rows", disable=None) as bar:
         for shard in old.shards:
-            destination = folder / shard.file
             if states == old.states:
-                shutil.copyfile(source / shard.file, destination)
-                shards.append(_check_copy(destination, shard))
+                copy_shard(source, shard, folder, bar.update)
+                shards.append(shard)
             else:
+                verify_shard(source, shard, bar.update)
                 kept = _stored(IntervalReader(source, old), shard, states)
-                shards.append(write_shard(destination, shard.intervals, states, kept))
-            bar.update(shard.size)
+                shards.append(write_shard(folder / shard.file, shard.intervals, states, kept))
     return shards
-
-
-def _check_copy(path: Path, shard: Shard) -> Shard:
-    if file_hash(path) != shard.hash:
-        raise UserError(f"checkpoint shard {shard.file} is damaged: its hash is not the manifest's", 1)
-    return shard
 
 
 def _stored(reader: IntervalReader, shard: Shard, states: list[str]) -> Iterator[Tensor]:

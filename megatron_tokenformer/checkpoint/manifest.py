@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_tokenformer.errors import UserError
 
 FORMAT_VERSION = 1
@@ -59,7 +61,8 @@ class Manifest:
     """samples of the training blend that have been seen, over all runs"""
     adam_step: int
     """updates that the Adam moments have seen"""
-    taus: dict[str, Any]
+    taus: dict[str, dict[str, float]]
+    """per role the start, the end and the steps of tau's schedule"""
     shapes: dict[str, list[int]]
     """full shape of every parameter by canonical name"""
     states: list[str]
@@ -116,10 +119,14 @@ def read_manifest(folder: Path) -> Manifest:
             Shard(s["file"], s["size"], s["hash"], [Interval(*interval) for interval in s["intervals"]])
             for s in stored["shards"]
         ]
-        manifest = Manifest(**{**stored, "shards": shards})
+        manifest = TypeAdapter(Manifest).validate_python({**stored, "shards": shards})
         _check_structure(manifest)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", 1) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {key}: {first['msg']}", 1) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}", 1) from None
     _check_files(folder, manifest)
@@ -138,6 +145,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_structure(manifest: Manifest) -> None:
+    for kind, needed in (("taus", {"qkv", "output", "ffn"}), ("totals", {"tokens", "flops"})):
+        missing = needed - getattr(manifest, kind).keys()
+        if missing:
+            raise ValueError(f"{kind} lack {', '.join(sorted(missing))}")
+    if any(tau.keys() != {"start", "end", "steps"} for tau in manifest.taus.values()):
+        raise ValueError("a tau lacks its start, end or steps")
+    if WEIGHT not in manifest.states or not set(manifest.states) <= set(STATES):
+        raise ValueError(f"states are {manifest.states}")
     for shard in manifest.shards:
         name = PurePosixPath(shard.file)
         if len(name.parts) != 1 or shard.file in ("", ".", ".."):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -99,10 +99,46 @@ class IntervalReader:
             raise UserError(f"checkpoint shard {place}: {error}", 1) from None
 
 
-def file_hash(path: Path) -> str:
-    """xxh3-128 of a file, read in blocks."""
+def copy_shard(source: Path, shard: Shard, folder: Path, tell: Callable[[int], object]) -> None:
+    """Copy a shard durably into another folder, checking its hash on the way.
+
+    Args:
+        tell: called with the bytes of each block, for a progress bar.
+
+    Raises:
+        UserError: the shard's bytes are not those that its hash was made of.
+    """
     digest = xxhash.xxh3_128()
+    with open(folder / shard.file, "wb", buffering=0) as file:
+        for block in _blocks(source / shard.file):
+            digest.update(block)
+            _write_all(file, memoryview(block))
+            tell(len(block))
+        os.fsync(file.fileno())
+    _check_hash(source, shard, digest.hexdigest())
+
+
+def verify_shard(source: Path, shard: Shard, tell: Callable[[int], object]) -> None:
+    """Read a shard whole and check its hash.
+
+    Raises:
+        UserError: the shard's bytes are not those that its hash was made of.
+    """
+    digest = xxhash.xxh3_128()
+    for block in _blocks(source / shard.file):
+        digest.update(block)
+        tell(len(block))
+    _check_hash(source, shard, digest.hexdigest())
+
+
+def _check_hash(source: Path, shard: Shard, found: str) -> None:
+    if found != shard.hash:
+        raise UserError(
+            f"checkpoint shard {source / shard.file} is damaged: its hash is not the manifest's", 1
+        )
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
     with open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+            yield block

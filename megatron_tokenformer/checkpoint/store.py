@@ -92,11 +92,21 @@ def publish(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
-def retain(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest complete checkpoints."""
-    for path in complete_checkpoints(folder)[:-keep_last]:
-        (path / MANIFEST).unlink()  # first, so that what is half deleted is not taken for complete
-        shutil.rmtree(path)
+def retain(folder: Path, keep_last: int, newest: Path) -> None:
+    """Delete what is older than the newest checkpoints, and what dead saves left behind.
+
+    Args:
+        newest: the checkpoint that was just written.  Later ones, which a run passed over because they are
+            damaged, neither count nor go.
+    """
+    counted = [path for path in complete_checkpoints(folder) if path.name <= newest.name]
+    leftovers = [path for path in folder.glob(".step-*") if path.is_dir()]
+    for path in [*counted[:-keep_last], *leftovers]:
+        try:
+            (path / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted is not complete
+            shutil.rmtree(path)
+        except OSError as error:
+            print(f"warning: cannot delete {path}: {error.strerror}", flush=True)
 
 
 def replace_durably(path: Path, text: str) -> None:

@@ -46,19 +46,29 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return validate(RunConfig, tree, str(path))
 
 
-def read_yaml(path: str | Path) -> Tree:
-    """The mapping in a YAML file, merged onto its `base` file if it names one."""
+def read_yaml(path: str | Path, readers: tuple[Path, ...] = ()) -> Tree:
+    """The mapping in a YAML file, merged onto its `base` file if it names one.
+
+    Args:
+        readers: the files whose `base` this one is, one of the next.
+    """
     path = Path(path)
+    if path.resolve() in readers:
+        raise UserError(f"{path} is its own base: {' -> '.join(str(reader) for reader in readers)}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of sections")
     base = tree.pop("base", None)
-    return merge(read_yaml(path.parent / base), tree) if base else tree
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base={base!r} is not the name of a file")
+    return merge(read_yaml(path.parent / base, (*readers, path.resolve())), tree)
 
 
 def parse_override(text: str) -> Tree:

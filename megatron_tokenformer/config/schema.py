@@ -17,6 +17,7 @@ from megatron_tokenformer.errors import UserError
 ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -115,7 +116,7 @@ class Optimizer(Section):
     lr: float = Field(6e-4, gt=0.0)
     min_lr: float = Field(6e-5, ge=0.0)
     """where the schedule ends"""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0.0)
     weight_decay: float = Field(0.1, ge=0.0)
     clip_grad: float = Field(1.0, ge=0.0)

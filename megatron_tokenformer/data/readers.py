@@ -7,6 +7,7 @@ reason.
 
 from __future__ import annotations
 
+import argparse
 import glob
 import os
 import zlib
@@ -46,6 +47,20 @@ class Document(NamedTuple):
     path: str
     line: int
     text: str
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that reads JSON lines: `--input` and `--json-key`."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or quoted globs: .jsonl, .jsonl.gz, .jsonl.zst",
+    )
+    parser.add_argument(
+        "--json-key", default="text", metavar="KEY", help="where a line's text is (default: text)"
+    )
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:

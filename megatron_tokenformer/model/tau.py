@@ -55,7 +55,10 @@ def taus_to_json(taus: Taus) -> dict[str, Any]:
 
 def taus_from_json(stored: dict[str, Any]) -> Taus:
     """The inverse of `taus_to_json`."""
-    return {role: TauSchedule(**stored[role]) for role in ROLES}
+    return {
+        role: TauSchedule(stored[role]["start"], stored[role]["end"], int(stored[role]["steps"]))
+        for role in ROLES
+    }
 
 
 def set_taus(module: nn.Module, taus: Taus, step: int) -> None:

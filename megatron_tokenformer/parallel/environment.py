@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -51,13 +52,25 @@ def find_processes(environment: Mapping[str, str] = os.environ) -> Processes:
         rank, local_rank, world_size = (int(environment[name]) for name in names)
         if launcher == "srun" and "SLURM_STEP_NODELIST" not in environment:
             continue  # a shell inside an allocation, not a task started by srun
-        address = environment.get("MASTER_ADDR") or ("127.0.0.1" if world_size == 1 else None)
+        if world_size == 1:
+            return Processes(launcher, 0, local_rank, 1, "127.0.0.1", _port(environment))
+        address, port = environment.get("MASTER_ADDR"), _port(environment)
         if address is None and launcher == "srun":
-            address = environment.get("SLURM_LAUNCH_NODE_IPADDR")
-        if address is None:
-            raise UserError(f"{launcher} set {names[0]} but not MASTER_ADDR; export the first host's address")
-        return Processes(launcher, rank, local_rank, world_size, address, _port(environment))
+            address = _first_host(environment["SLURM_STEP_NODELIST"])
+        missing = "MASTER_ADDR" if address is None else "MASTER_PORT" if port == 0 else None
+        if address is None or missing:
+            raise UserError(f"{launcher} set {names[0]} but not {missing}; export where rank 0 listens")
+        return Processes(launcher, rank, local_rank, world_size, address, port)
     return Processes("no launcher", 0, 0, 1, "127.0.0.1", _port(environment))
+
+
+def _first_host(nodes: str) -> str | None:
+    """The first host of a SLURM node list such as `gpu[03-07]`, which only SLURM itself can read."""
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return next(iter(listed.stdout.split()), None)
 
 
 def _port(environment: Mapping[str, str]) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
@@ -38,7 +39,6 @@ class Layout:
     pipeline_size: int
     data_rank: int
     data_size: int
-    data_group: dist.ProcessGroup
     device: torch.device
     timeout: timedelta
 
@@ -51,11 +51,6 @@ class Layout:
     def is_main(self) -> bool:
         """Whether this is the rank that prints and writes."""
         return self.processes.rank == 0
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether this stage needs batches: the first for inputs, the last for labels."""
-        return self.pipeline_rank in (0, self.pipeline_size - 1)
 
     def __str__(self) -> str:
         split = f"tensor {self.tensor.size}, pipeline {self.pipeline_size}, data {self.data_size}"
@@ -79,6 +74,8 @@ def start(parallel: Parallel, processes: Processes) -> Layout:
     # torch 2.13 renames collectives that DeepSpeed, and we for the sake of 2.11, call by their old names.
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    if processes.launcher == "srun" and torch.cuda.device_count() == 1:
+        processes = replace(processes, local_rank=0)  # --gpus-per-task shows each task its own GPU only
     device = _device(processes)
     timeout = timedelta(minutes=parallel.timeout_minutes)
     _join(processes, device, timeout)
@@ -126,12 +123,13 @@ def limit_grid_timeouts(grid: object, timeout: timedelta) -> None:
 
 
 def _device(processes: Processes) -> torch.device:
-    if not torch.cuda.is_available():
+    """This process's GPU, or the CPU if there is none or DS_ACCELERATOR=cpu says so."""
+    if get_accelerator().device_name() == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if processes.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {processes.local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-            f"start as many processes on it as it has GPUs",
+            f"start as many processes on it as it has GPUs, or set DS_ACCELERATOR=cpu to use none",
             exit_code=1,
         )
     torch.cuda.set_device(processes.local_rank)
@@ -140,7 +138,7 @@ def _device(processes: Processes) -> torch.device:
 
 def _join(processes: Processes, device: torch.device, timeout: timedelta) -> None:
     if processes.master_port == 0:
-        processes = Processes(**{**vars(processes), "master_port": free_port()})
+        processes = replace(processes, master_port=free_port())
     processes.export()
     if device.type == "cpu":
         # On CPU DeepSpeed compiles a shared-memory collective for inference at every first start: 40 s, and
@@ -188,7 +186,6 @@ def _locate(parallel: Parallel, processes: Processes, device: torch.device, time
         pipeline_size=parallel.pipeline,
         data_rank=here.data,
         data_size=data_size,
-        data_group=parallel_state.get_data_parallel_group(),
         device=device,
         timeout=timeout,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -58,9 +59,10 @@ class Journal:
         self.write()
 
     def add_seconds(self, stage: str, step: Step, seconds: float) -> None:
-        """Time has passed in an action that is running."""
+        """Time has passed in an action that is running; it is not worth ending that if it cannot be noted."""
         self.stages[stage][step].seconds += seconds
-        self.write()
+        with contextlib.suppress(OSError):
+            self.write()
 
     def forget(self, stage: str) -> None:
         """Drop what is known of a stage."""

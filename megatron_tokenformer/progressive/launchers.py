@@ -81,7 +81,11 @@ def deepspeed(stage: Stage, launch: Launch) -> Command:
             f"stage '{stage.name}' wants nodes={stage.nodes}; give their names in launch.hostfile=FILE "
             f"(lines of 'host slots={stage.processes_per_node}')"
         )
-    argv = [executable, "--log_level", "error", "--num_gpus", str(stage.processes_per_node)]
+    argv = [executable, "--log_level", "error"]
+    # With --num_gpus it would take the first GPUs, whichever the user has chosen.
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if launch.hostfile is not None or len(chosen) != stage.processes_per_node or not all(chosen):
+        argv += ["--num_gpus", str(stage.processes_per_node)]
     if launch.hostfile is not None:
         argv += ["--hostfile", launch.hostfile, "--num_nodes", str(stage.nodes)]
     argv += ["--master_port", str(free_port()), "--module", TRAINER, "--config", str(stage.run_file)]

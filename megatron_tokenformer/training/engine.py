@@ -13,14 +13,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron_tokenformer.config.schema import Optimizer, RunConfig
+from megatron_tokenformer.config.schema import Optimizer, Precision, RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
 from megatron_tokenformer.model.pipeline import language_model_loss, pipeline_layers
 from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
 from megatron_tokenformer.quiet import quiet_start
-
-Precision = str
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ def log_step(run: Run, seconds: float) -> None:
         "loss": progress.loss,
         "lr": learning_rate(config.optimizer, progress.step - 1, config.training.steps),
         "grad_norm": run.engine.grad_norm,
+        "skipped_steps": run.engine.deepspeed.skipped_steps,
         "step_time_s": seconds,
         "tokens_per_s": tokens / seconds,
         "flops": progress.flops,
@@ -125,7 +126,7 @@ def save(run: Run) -> None:
     manifest = run.progress.manifest(run.config, run.layout)
     path = engine_state.save(module, zero, run.layout, run.folder, manifest)
     if run.layout.is_main:
-        store.retain(run.folder, run.config.checkpoint.keep_last)
+        store.retain(run.folder, run.config.checkpoint.keep_last, path)
     run.log.say(f"saved {path}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_tokenformer.checkpoint.store import replace_durably
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.errors import UserError
 
 METRICS = "metrics.jsonl"
 FINISHED = "finished.json"
@@ -48,7 +50,7 @@ class MetricsLog:
         if config.logging.wandb.mode != "disabled":
             self._sinks.append(_WandbSink(config))
         if config.logging.tensorboard:
-            self._sinks.append(_TensorboardSink(folder / "tensorboard"))
+            self._sinks.append(_TensorboardSink(folder / "tensorboard", step))
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -76,10 +78,11 @@ class MetricsLog:
         """A logged training step."""
         rate = f"{row['tokens_per_s']:,.0f} tokens/s"
         mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
         self.say(
             f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
             f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  "
-            f"{row['step_time_s'] * 1000:,.0f} ms  {rate}{mfu}"
+            f"{row['step_time_s'] * 1000:,.0f} ms  {rate}{mfu}{skipped}"
         )
         self._write(row)
 
@@ -93,6 +96,8 @@ class MetricsLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.is_main:
+            # JSON has no infinity: what is not finite, such as the norm of a skipped step, is null.
+            row = {key: value if math.isfinite(value) else None for key, value in row.items()}
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             for sink in self._sinks:
@@ -137,13 +142,17 @@ class _WandbSink:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # costs a second, and is an option
 
-        self._run = wandb.init(
-            project=config.logging.wandb.project,
-            name=Path(config.run_dir).name,
-            dir=config.run_dir,
-            mode=config.logging.wandb.mode,
-            config=config.model_dump(mode="json"),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.logging.wandb.project,
+                name=Path(config.run_dir).name,
+                dir=config.run_dir,
+                mode=config.logging.wandb.mode,
+                config=config.model_dump(mode="json"),
+            )
+        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"logging.wandb.mode=online: {why}; mode=offline needs no account") from None
 
     def log(self, row: dict[str, Any], step: int) -> None:
         self._run.log(row, step=step)
@@ -153,14 +162,16 @@ class _WandbSink:
 
 
 class _TensorboardSink:
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # needs the tensorboard extra
-
-        self._writer = SummaryWriter(str(folder))
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("logging.tensorboard=true needs the package tensorboard; install it") from None
+        self._writer = SummaryWriter(str(folder), purge_step=max(step, 0) + 1)
 
     def log(self, row: dict[str, Any], step: int) -> None:
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:

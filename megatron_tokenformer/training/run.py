@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
 from megatron_tokenformer.config.load import dump_config
-from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.config.schema import Model, RunConfig, check_world
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.data.batches import Blend, open_blend
 from megatron_tokenformer.errors import UserError
@@ -53,11 +53,17 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
         UserError: data, checkpoint and configuration do not fit together.
     """
     accumulation = check_world(config, layout.processes.world_size)
-    training_data, validation_data = open_data(config)
+    training_data, validation_data = _open_data_everywhere(config)
     # One rank decides for all: on a network file system each may see another newest checkpoint.
     path = from_main_rank(lambda: find_restore_point(config))
     restored = (path, read_manifest(path)) if path else None
     progress = Progress.from_manifest(restored[1]) if restored else Progress.fresh(config)
+    steps, done = config.training.steps, progress.step
+    if done > steps:
+        raise UserError(
+            f"{config.run_dir} has done {done} steps, more than training.steps={steps}; "
+            f"training.steps={done} would work, or another run_dir"
+        )
     engine = build_engine(config, layout, accumulation)
     if restored:
         engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
@@ -91,15 +97,36 @@ def find_restore_point(config: RunConfig) -> Path | None:
         path = store.find_checkpoint(config.checkpoint.load)
     if path is None:
         return None
-    stored = read_manifest(path).shapes
-    for name, shape in full_shapes(config.model).items():
-        there, here = stored.get(name), list(shape)
+    check_model(path, read_manifest(path), config.model)
+    return path
+
+
+def check_model(path: Path, manifest: Manifest, model: Model) -> None:
+    """Refuse a checkpoint that is of another model, be it of the same shapes.
+
+    Raises:
+        UserError: names the tensor or the key, and both values.
+    """
+    for name, shape in full_shapes(model).items():
+        there, here = manifest.shapes.get(name), list(shape)
         if there != here:
             raise UserError(
                 f"checkpoint {path} has {name} of shape {there}, the config's model has {here}; "
                 f"use its own config, or grow it with tools/grow_checkpoint.py"
             )
-    return path
+    for key, here in model.model_dump(mode="json").items():
+        there = manifest.config.get("model", {}).get(key)
+        if there != here:
+            raise UserError(f"checkpoint {path} was made with model.{key}={there}, the config has {here}")
+
+
+def _open_data_everywhere(config: RunConfig) -> tuple[Blend, Blend | None]:
+    """Open the data on every rank; a mistake that all make is told once, one rank's own by that rank."""
+    from_main_rank(lambda: open_data(config) and None)
+    try:
+        return open_data(config)
+    except UserError as error:
+        raise UserError(str(error), exit_code=1) from None
 
 
 def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
@@ -115,9 +142,27 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
         f"layer), {run.engine.precision}; {run.layout}"
     )
     if restored:
-        seen = f"{progress.tokens:,} tokens seen"
-        run.log.say(f"from {restored[0]} at step {progress.step}, {seen}")
+        path, manifest = restored
+        run.log.say(f"from {path} at step {progress.step}, {progress.tokens:,} tokens seen")
+        for change in order_changes(manifest, config):
+            run.log.say(f"note: {change}, so samples come in another order than the ones seen so far")
     needed = config.training.steps * config.training.global_batch_size
     for source in run.training_data.sources:
         epochs = needed * source.weight / source.windows
         run.log.say(f"data {source.prefix}: {source.tokens:,} tokens, {epochs:.2f} epochs in this run")
+    if run.validation_data is not None:
+        samples = config.training.eval_steps * config.training.global_batch_size
+        windows = sum(source.windows for source in run.validation_data.sources)
+        if samples > windows:
+            run.log.say(f"note: an evaluation takes {samples} samples, some twice: there are {windows}")
+
+
+def order_changes(manifest: Manifest, config: RunConfig) -> list[str]:
+    """What differs from the checkpoint's run among the things that the order of samples depends on."""
+    now = config.model_dump(mode="json")
+    changes = []
+    for section, key in (("training", "seed"), ("data", "sequence_length"), ("data", "train")):
+        before, after = manifest.config.get(section, {}).get(key), now[section][key]
+        if before != after:
+            changes.append(f"{section}.{key} was {before} and is {after}")
+    return changes

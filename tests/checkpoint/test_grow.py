@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, read_ma
 from megatron_tokenformer.checkpoint.shards import IntervalReader
 from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.growth import Growth
-from megatron_tokenformer.config.load import validate
+from megatron_tokenformer.config.load import dump_config, validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.tau import taus_from_json
@@ -199,7 +202,10 @@ def test_rules_that_cannot_work_are_refused_in_words(rule: dict[str, Any], words
         validate(Growth, rule, "growth")
 
 
-def test_a_damaged_shard_is_not_grown(trained: tuple[Path, RunConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["carry", "reset"])
+def test_a_damaged_shard_is_not_grown(
+    trained: tuple[Path, RunConfig], tmp_path: Path, optimizer: Literal["carry", "reset"]
+) -> None:
     folder, config = trained
     copy = tmp_path / "copy"
     shutil.copytree(find_checkpoint(config.run_dir), copy)
@@ -207,6 +213,41 @@ def test_a_damaged_shard_is_not_grown(trained: tuple[Path, RunConfig], tmp_path:
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
+    target = toy_config(folder, model={"tokens": TOKENS[2]})
     with pytest.raises(UserError, match=r"rank-00001\.safetensors is damaged"):
-        grow(copy, toy_config(folder, model={"tokens": TOKENS[2]}), tmp_path / "out", Growth())
+        grow(copy, target, tmp_path / "out", Growth(optimizer=optimizer))
     assert not (tmp_path / "out" / "latest").exists()
+
+
+def test_a_runs_own_folder_is_not_grown_into(trained: tuple[Path, RunConfig]) -> None:
+    folder, config = trained
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    with pytest.raises(UserError, match="so it is a run's; grow into a folder of its own"):
+        grow(
+            find_checkpoint(checkpoints),
+            toy_config(folder, model={"tokens": TOKENS[2]}),
+            checkpoints,
+            Growth(),
+        )
+    assert find_checkpoint(checkpoints).name == "step-00000010"
+
+
+def test_a_full_disk_is_told_in_words_and_leaves_nothing(
+    trained: tuple[Path, RunConfig], tmp_path: Path
+) -> None:
+    folder, config = trained
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[2] / "tools/grow_checkpoint.py"),
+        "--load",
+        config.run_dir,
+    ]
+    grown = toy_config(folder, model={"tokens": TOKENS[2]})
+    (tmp_path / "run.yaml").write_text(dump_config(grown))
+    command += ["--config", str(tmp_path / "run.yaml"), "--save", str(tmp_path / "out")]
+    limited = f"trap '' XFSZ; ulimit -f 64; exec {shlex.join(command)}"  # no file beyond 64 kB
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(f"into {tmp_path / 'out'}: File too large")
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").iterdir())

@@ -74,6 +74,9 @@ def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
         ("parallel: {pipeline: 13}", "parallel.pipeline=13 is more than model.layers=12"),
         ("optimizer: {min_lr: 1}", "optimizer.min_lr=1 is above optimizer.lr=0.0006"),
         ("optimizer: {warmup_steps: 2000}", "optimizer.warmup_steps=2000 is more than training.steps=1000"),
+        ("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas.1=1.0: input should be less than 1"),
+        ("base: 5", "base=5 is not the name of a file"),
+        ("base: run.yaml", "is its own base"),
         ("[1, 2]", "holds list, not a mapping"),
         ("model: {", "is not valid YAML"),
     ],
@@ -97,6 +100,12 @@ def test_a_value_that_is_said_to_work_works(tmp_path: Path) -> None:
 def test_overrides_that_are_not(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError, match="override"):
         load(tmp_path, "", override)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_config(tmp_path / "run.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

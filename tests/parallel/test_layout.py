@@ -8,19 +8,18 @@ import torch.distributed as dist
 
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.environment import find_processes
-from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.parallel.layout import Layout, from_main_rank
 from megatron_tokenformer.training.engine import build_engine
 from tests.ranks import run_ranks
 from tests.toy import toy_config
 
 
-def coordinates(layout: Layout) -> tuple[int, int, int, list[int], list[int]]:
+def coordinates(layout: Layout) -> tuple[int, int, int, list[int]]:
     return (
         layout.pipeline_rank,
         layout.data_rank,
         layout.tensor.rank,
         dist.get_process_group_ranks(layout.tensor.group),
-        dist.get_process_group_ranks(layout.data_group),
     )
 
 
@@ -30,7 +29,6 @@ def test_tensor_ranks_are_neighbours_then_data_then_pipeline() -> None:
         (pipe, data, tensor) for pipe in (0, 1) for data in (0, 1) for tensor in (0, 1)
     ]
     assert [place[3] for place in found[::2]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert [place[4] for place in found] == [[0, 2], [1, 3], [0, 2], [1, 3], [4, 6], [5, 7], [4, 6], [5, 7]]
 
 
 def timeouts(layout: Layout, folder: object) -> dict[str, float]:
@@ -80,6 +78,24 @@ def test_launchers_are_recognised(environment: dict[str, str], expected: tuple[s
     assert (found.launcher, found.rank, found.local_rank, found.world_size) == expected
 
 
-def test_a_missing_master_address_is_said() -> None:
-    with pytest.raises(UserError, match="MASTER_ADDR"):
-        find_processes({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
+@pytest.mark.parametrize("given, missing", [({}, "MASTER_ADDR"), ({"MASTER_ADDR": "h"}, "MASTER_PORT")])
+def test_a_missing_meeting_place_is_said(given: dict[str, str], missing: str) -> None:
+    with pytest.raises(UserError, match=f"RANK but not {missing}"):
+        find_processes({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **given})
+
+
+def decide(layout: Layout, mistake: bool) -> str:
+    def answer() -> str:
+        if mistake:
+            raise UserError("told once", exit_code=2)
+        return f"rank {layout.rank}"
+
+    try:
+        return from_main_rank(answer)
+    except UserError as error:
+        return f"{error}, code {error.exit_code}"
+
+
+@pytest.mark.parametrize("mistake, answer", [(False, "rank 0"), (True, "told once, code 2")])
+def test_what_the_main_rank_decides_all_ranks_learn(mistake: bool, answer: str) -> None:
+    assert run_ranks(2, decide, mistake) == [answer] * 2
