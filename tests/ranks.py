@@ -48,6 +48,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, **
     try:
         return [_receive(rank, pipe) for rank, pipe in enumerate(pipes)]
     finally:
+        for pipe in pipes:
+            pipe.close()
         for process in processes:
             process.join(5)
             if process.is_alive():
@@ -93,3 +95,5 @@ def _rank(
         layout.stop()
     except BaseException:
         pipe.send((None, traceback.format_exc()))
+    # Until the other end closes: a tensor that was sent is fetched from this process.
+    pipe.poll(TIMEOUT_S)

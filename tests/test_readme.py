@@ -172,3 +172,18 @@ def test_mistakes_are_told_in_one_line(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "launcher", [["deepspeed", "--num_gpus", "2", "--module"], ["torchrun", "--nproc-per-node", "2", "-m"]]
+)
+def test_a_launcher_with_two_processes_passes_on_that_line_once(folder: Path, launcher: list[str]) -> None:
+    """torchrun adds a traceback of its own, which is of its own files alone."""
+    _, _, *command = pretrain("model.layer=3")
+    done = execute([*launcher, *command], folder)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, said
+    told = [line for line in said.splitlines() if "error: " in line and "unknown key 'model.layer'" in line]
+    assert len(told) == 1, said
+    assert told[0].endswith("did you mean 'model.layers'?")
+    assert f'File "{ROOT}/megatron_tokenformer/' not in said

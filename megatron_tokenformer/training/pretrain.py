@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.errors import UserError, in_words, run_cli
 from megatron_tokenformer.parallel.environment import find_processes
 from megatron_tokenformer.quiet import quiet_imports
+
+# A launcher ends all ranks when one has ended; the main rank, which tells what is wrong, may be slower.
+PATIENCE_S = 10.0
 
 EPILOG = """\
 A run goes on from its own newest checkpoint in RUN_DIR/checkpoints; a new run starts from checkpoint.load if
@@ -65,6 +69,8 @@ def _tell(error: UserError) -> int:
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
     elif rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(PATIENCE_S)
     return error.exit_code
 
 
