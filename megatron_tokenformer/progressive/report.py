@@ -119,7 +119,7 @@ def render(results: list[StageResult]) -> str:
 
 def _cells(result: StageResult) -> tuple[str, ...]:
     def loss(value: float | None) -> str:
-        return "-" if value is None else f"{value:.5f}"
+        return "-" if value is None else f"{value:.4f}"
 
     return (
         result.name,

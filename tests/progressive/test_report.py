@@ -44,10 +44,10 @@ def test_a_line_per_stage_and_the_largest_change(schedule: Tree, write: Write) -
     assert len({len(line) for line in (header, rule, first, second, third)}) == 1, "straight on a terminal"
     cells = [cell.strip() for cell in second.split("|")[1:-1]]
     assert cells[:2] + cells[3:] == [
-        *("b", "tensor 1", "16 / 16 / 64", "3.20000", "3.20000", "2.80000"),
+        *("b", "tensor 1", "16 / 16 / 64", "3.2000", "3.2000", "2.8000"),
         *("512", "1.20e+10", "61"),
     ]
-    assert [cell.strip() for cell in first.split("|")[5:8]] == ["-", "-", "3.20000"]
+    assert [cell.strip() for cell in first.split("|")[5:8]] == ["-", "-", "3.2000"]
     assert "Largest relative change of the loss at a growth: 2.0e-07 (stage c)." in table
     report = (plan.folder / "report.md").read_text()
     assert table in report and "(loss_vs_flops.png)" in report
@@ -60,7 +60,7 @@ def test_a_schedule_half_done(schedule: Tree, write: Write, capsys: pytest.Captu
     assert main(["--config", str(write(schedule)), "--report-only"]) == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
     cells = next(line for line in lines if len(line) > 1 and line[1].strip() == "b")
-    assert [cell.strip() for cell in cells[5:-1]] == ["3.20000", "-", "-", "-", "-", "-"]
+    assert [cell.strip() for cell in cells[5:-1]] == ["3.2000", "-", "-", "-", "-", "-"]
 
 
 def test_nothing_done_yet(schedule: Tree, write: Write) -> None:
