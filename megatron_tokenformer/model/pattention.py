@@ -90,13 +90,13 @@ class Pattention(nn.Module):
         """[..., d_in] to [..., d_out], the same on every rank."""
         return sum_from_ranks(self.partial(copy_to_ranks(x, self.ranks)), self.ranks)
 
-    def get_extra_state(self) -> dict[str, float]:
+    def get_extra_state(self) -> Tensor:
         """tau travels in the state dict: K and V alone do not say which function this is."""
-        return {"tau": self.tau}
+        return torch.tensor(self.tau, dtype=torch.float64)
 
-    def set_extra_state(self, state: dict[str, float]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Called by load_state_dict."""
-        self.tau = state["tau"]
+        self.tau = float(state)
 
     def extra_repr(self) -> str:
         return f"tokens={self.tokens}, score_norm={self.kind}, tau={self.tau:g}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megatron_tokenformer.kernels.score_norm import KINDS
@@ -71,6 +73,16 @@ def test_zero_keys_with_kept_tau_leave_the_function_and_learn(kind: str) -> None
     assert grown.key_tokens.grad is not None and grown.key_tokens.grad[24:].abs().amin(dim=1).gt(0).all()
     grown.tau = math.sqrt(40)
     assert (grown(x) - layer(x)).abs().max() > 1e-2  # which is why tau is kept
+
+
+def test_tau_travels_in_the_state_dict(tmp_path: Path) -> None:
+    layer, x = example("l2_norm_gelu")
+    layer.tau = 3.25
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other, _ = example("l2_norm_gelu", seed=1)
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert other.tau == 3.25
+    assert torch.equal(other(x), layer(x))
 
 
 def test_works_alone_with_no_framework() -> None:
