@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -52,6 +55,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Inspect, print, and say by the exit code whether the dataset is sound."""
     args = parse_arguments()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Texts hold what not every terminal's encoding has.
+        sys.stdout.reconfigure(errors="backslashreplace")
     tokenizer = None
     if args.tokenizer_type:
         tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
@@ -157,10 +163,12 @@ def print_histogram(bins: list[tuple[int, int, int]]) -> None:
 
 
 def describe(document: dict[str, Any]) -> str:
-    """A document on one line: JSON escapes keep line ends and control characters out of the terminal."""
+    """A document on one line, without line ends and characters that would command the terminal."""
     shown = _SHOWN_TOKENS if "text" in document else _SHOWN_IDS
     if "text" in document:
-        told = json.dumps(document["text"], ensure_ascii=False)
+        text = json.dumps(document["text"], ensure_ascii=False)
+        # JSON escapes the control characters below 32 only.
+        told = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
     else:
         told = "ids " + " ".join(map(str, document["ids"]))
     return told + (" ..." if document["tokens"] > shown else "")

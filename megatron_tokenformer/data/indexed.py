@@ -82,7 +82,12 @@ class TokenFileWriter:
         """Append ``[n]`` ids of the file's own type, whose sequences are told apart from them.
 
         With the two below, for who copies whole files: a document need not fit into memory.
+
+        Raises:
+            ValueError: ids of another type, which would be written as garbage.
         """
+        if tokens.dtype != self.dtype:
+            raise ValueError(f"{tokens.dtype} ids for a file of {self.dtype}")
         self._bin.write(np.ascontiguousarray(tokens).data)
         self.tokens += tokens.size
 

@@ -107,6 +107,8 @@ def test_appended_tables_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
     with TokenFileWriter(str(tmp_path / "a"), np.dtype(np.uint16)) as writer:
         with pytest.raises(ValueError, match="documents of 2 sequences"):
             writer.add(np.array([1]), np.array([1]), np.array([2]))
+        with pytest.raises(ValueError, match="int32 ids for a file of uint16"):
+            writer.append_tokens(np.array([1], np.int32))
         writer.append_tokens(np.array([1, 2], np.uint16))
         with pytest.raises(ValueError, match="2 tokens"):
             writer.finish()

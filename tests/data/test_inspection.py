@@ -237,6 +237,22 @@ def test_command_line_on_a_damaged_dataset(dataset: str) -> None:
     assert "ids were not read" in unread.stdout
 
 
+def test_command_line_on_a_header_nobody_can_read(dataset: str) -> None:
+    edit(f"{dataset}.idx", 0, "<B", 0)
+    done = run_tool(dataset, "--json")
+    assert done.returncode == 1
+    assert len([line for line in done.stderr.splitlines() if "error" in line]) == 1
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["documents"] is None and told["damages"][0]["position"] == "header"
+
+
+def test_texts_that_the_terminal_cannot_show(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run_tool(dataset)
+    assert done.returncode == 0, done.stderr
+    assert r'"\u65e5\u672c"' in done.stdout
+
+
 def test_command_line_without_and_with_another_tokenizer(tmp_path: Path, dataset: str) -> None:
     bare = write(tmp_path / "bare", [2, 3, 30], [2, 1])
     done = run_tool(bare)
@@ -245,6 +261,9 @@ def test_command_line_without_and_with_another_tokenizer(tmp_path: Path, dataset
     assert "ids 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 ...\n" in done.stdout
     decoded = run_tool(bare, "--tokenizer-type", "ByteTokenizer")
     assert r'document 0, 5 tokens: "\u0000\u0001' in decoded.stdout
+    edit(f"{bare}.bin", 0, "<Q", 0x7F_009B_00C2_0041)
+    decoded = run_tool(bare, "--tokenizer-type", "ByteTokenizer")
+    assert r'document 0, 5 tokens: "A\u009b\u007f\u0004"' in decoded.stdout
     train_tokenizer([str(tmp_path / "in.jsonl")], "HFTokenizer", 300, str(tmp_path / "t.json"))
     for arguments, reason in (
         (("--tokenizer-model", str(tmp_path / "t.json")), "made with another"),
