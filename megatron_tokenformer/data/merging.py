@@ -163,21 +163,23 @@ def _append(writer: TokenFileWriter, part: Part, report: Callable[[int], object]
     for block in _read(_token_blocks(part), part.prefix):
         writer.append_tokens(block)
         report(block.nbytes)
-    tokens = 0
+    tokens, sound = 0, True
     for lengths in _read((index.lengths(*span) for span in parts(index.sequences)), part.prefix):
         tokens += int(lengths.sum(dtype=np.int64))
+        sound = sound and int(lengths.min()) >= 0
         writer.append_lengths(lengths)
         report(12 * lengths.size)
-    last = 0
+    last = int(index.boundaries(0, 1)[0])
+    sound = sound and last == 0
     spans = ((start + 1, count) for start, count in parts(index.documents))
     for ends in _read((index.boundaries(*span) for span in spans), part.prefix):
+        sound = sound and bool((np.diff(ends, prepend=last) >= 0).all())
         writer.append_documents(before + ends)
         report(8 * ends.size)
         last = int(ends[-1])
-    if tokens != writer.tokens - tokens_before or last != index.sequences:
+    if not sound or tokens != writer.tokens - tokens_before or last != index.sequences:
         raise UserError(
-            f"{index.path} is damaged: its lengths add up to {tokens} tokens, the .bin has "
-            f"{writer.tokens - tokens_before}; its documents end at sequence {last} of {index.sequences}",
+            f"{part.prefix} is damaged: its files contradict each other; tools/inspect_dataset.py says where",
             exit_code=1,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
 import subprocess
 import sys
 import tempfile
@@ -179,12 +180,24 @@ def test_missing_and_damaged_parts_are_refused(tmp_path: Path, pair: tuple[str, 
     refuse(tmp_path, [first, second], r"y_text_document\.bin has \d+ bytes, but .* describes", 1)
 
 
-def test_an_index_that_contradicts_itself_is_found_while_copying(tmp_path: Path) -> None:
-    part = write(tmp_path / "a", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("at", "form", "numbers"),
+    [
+        (34, "<i", [7]),  # lengths that add up to more
+        (34, "<2i", [-1, 3]),  # a negative one, but the right sum
+        (34 + 36, "<q", [1]),  # boundaries that do not begin at 0
+        (34 + 36 + 8, "<q", [3]),  # that fall
+        (34 + 36 + 24, "<q", [2]),  # that do not reach the end
+    ],
+)
+def test_an_index_that_contradicts_itself_is_found_while_copying(
+    tmp_path: Path, at: int, form: str, numbers: list[int]
+) -> None:
+    good, part = write(tmp_path / "good", [1, 2, 3]), write(tmp_path / "bad", [1, 2, 3])
     index = bytearray(Path(f"{part}.idx").read_bytes())
-    index[34:38] = (7).to_bytes(4, "little")
+    struct.pack_into(form, index, at, *numbers)
     Path(f"{part}.idx").write_bytes(index)
-    refuse(tmp_path, [part], r"a\.idx is damaged: its lengths add up to 9 tokens, the \.bin has 3", 1)
+    refuse(tmp_path, [good, part], "bad is damaged: its files contradict each other", 1)
 
 
 def test_outputs_are_neither_inputs_nor_overwritten(tmp_path: Path, pair: tuple[str, str]) -> None:
