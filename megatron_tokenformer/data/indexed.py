@@ -1,26 +1,23 @@
 """Megatron's token files: ``PREFIX.bin`` (bare token ids) and ``PREFIX.idx`` (where each document lies).
 
-The index, little endian: magic ``MMIDIDX\\0\\0``, u64 version 1, u8 code of the token type, u64 sequences,
-u64 document boundaries (documents + 1), then i32 sequence lengths, i64 byte pointers, i64 boundaries. Written
-here with one sequence a document, as Megatron-LM's and GPT-NeoX's preprocessing do.
+The index is described in ``index_layout``. Written here in the order of Megatron-LM's and GPT-NeoX's
+preprocessing, one sequence a document unless told otherwise.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import struct
+import tempfile
 from contextlib import ExitStack, suppress
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
+from megatron_tokenformer.data.index_layout import CODES, HEADER, MAGIC, document_lengths, parts, read_index
 from megatron_tokenformer.errors import UserError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _PART = 1 << 20
 
 
@@ -40,55 +37,95 @@ class TokenFileWriter:
     Everything goes to ``PREFIX.bin.tmp`` and ``PREFIX.idx.tmp``; :meth:`finish` gives them their names. As a
     context manager, leaving without :meth:`finish` removes them. The bytes are those of megatron-core's
     ``IndexedDatasetBuilder``.
+
+    Attributes:
+        documents, sequences, tokens: what was written so far.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
         self.prefix = prefix
         self.dtype = np.dtype(dtype)
-        self.documents = 0
-        self.tokens = 0
+        self.documents = self.sequences = self.tokens = 0
         self._temporary = [f"{path}.tmp" for path in pair_paths(prefix)]
         os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
         self._files = ExitStack()
         self._bin = self._files.enter_context(open(self._temporary[0], "wb"))
         self._idx = self._files.enter_context(open(self._temporary[1], "w+b"))
-        self._idx.write(bytes(_HEADER.size))
+        self._idx.write(bytes(HEADER.size))
+        # The boundaries, from the first document on that is not just one sequence; before, they only count.
+        self._boundaries: BinaryIO | None = None
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray | None = None) -> None:
         """Append documents.
 
         Args:
             tokens: ``[sum of lengths]`` integers, the documents one after another.
-            lengths: ``[documents]`` tokens in each.
+            lengths: ``[sequences]`` tokens in each sequence.
+            sequences: ``[documents]`` sequences in each document; without it each sequence is a document.
 
         Raises:
-            ValueError: the lengths do not add up, or an id does not fit the file's type.
+            ValueError: the numbers do not add up, or an id does not fit the file's type.
         """
         if int(lengths.sum()) != tokens.size:
             raise ValueError(f"lengths add up to {int(lengths.sum())}, but there are {tokens.size} tokens")
         limits = np.iinfo(self.dtype)
         if tokens.size and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
             raise ValueError(f"token ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
-        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        self._idx.write(np.ascontiguousarray(lengths, dtype=np.int32).data)
-        self.documents += lengths.size
+        counts = np.ones(lengths.size, np.int64) if sequences is None else sequences
+        if int(counts.sum()) != lengths.size:
+            raise ValueError(f"documents of {int(counts.sum())} sequences, but {lengths.size} lengths")
+        self.append_documents(self.sequences + np.cumsum(counts, dtype=np.int64))
+        self.append_lengths(lengths)
+        self.append_tokens(tokens.astype(self.dtype, copy=False))
+
+    def append_tokens(self, tokens: np.ndarray) -> None:
+        """Append ``[n]`` ids of the file's own type, whose sequences are told apart from them.
+
+        With the two below, for who copies whole files: a document need not fit into memory.
+
+        Raises:
+            ValueError: ids of another type, which would be written as garbage.
+        """
+        if tokens.dtype != self.dtype:
+            raise ValueError(f"{tokens.dtype} ids for a file of {self.dtype}")
+        self._bin.write(np.ascontiguousarray(tokens).data)
         self.tokens += tokens.size
+
+    def append_lengths(self, lengths: np.ndarray) -> None:
+        """Append the lengths ``[n]`` in tokens of the next sequences."""
+        self._idx.write(np.ascontiguousarray(lengths, dtype=np.int32).data)
+        self.sequences += lengths.size
+
+    def append_documents(self, ends: np.ndarray) -> None:
+        """Append documents by their ends ``[n]``, counted in sequences from the beginning of the file."""
+        plain = np.arange(self.documents + 1, self.documents + 1 + ends.size)
+        if self._boundaries is None and not np.array_equal(ends, plain):
+            folder = os.path.dirname(self.prefix) or "."
+            self._boundaries = self._files.enter_context(tempfile.TemporaryFile(dir=folder))
+            _write_range(self._boundaries, self.documents + 1)
+        if self._boundaries is not None:
+            self._boundaries.write(np.ascontiguousarray(ends, dtype=np.int64).data)
+        self.documents += ends.size
 
     def finish(self) -> None:
         """Complete the index, make both files durable and give them their names, replacing an old pair.
 
         The old index goes first and the new one comes last: whenever the machine stops, no index ever stands
-        beside another pair's tokens.
+        beside another pair's tokens. An old description (``PREFIX.json``) goes with the pair it describes.
+
+        Raises:
+            ValueError: tokens or documents were appended that no sequence accounts for, or the reverse.
         """
-        self._write_pointers()
+        self._write_tables()
         for file in (self._bin, self._idx):
             file.flush()
             os.fsync(file.fileno())
             file.close()
         bin_path, idx_path = pair_paths(self.prefix)
-        if os.path.exists(idx_path):
-            os.remove(idx_path)
-            _sync_folder(idx_path)
+        for old in (f"{self.prefix}.json", idx_path):
+            if os.path.exists(old):
+                os.remove(old)
+                _sync_folder(idx_path)
         os.replace(self._temporary[0], bin_path)
         os.replace(self._temporary[1], idx_path)
         _sync_folder(idx_path)
@@ -110,23 +147,37 @@ class TokenFileWriter:
     ) -> None:
         self.discard()
 
-    def _write_pointers(self) -> None:
+    def _write_tables(self) -> None:
         """Put pointers and boundaries behind the lengths, read back part by part, and fill in the header."""
         pointer = 0
-        for start in range(0, self.documents, _PART):
-            count = min(_PART, self.documents - start)
-            self._idx.seek(_HEADER.size + 4 * start)
+        for start, count in parts(self.sequences, _PART):
+            self._idx.seek(HEADER.size + 4 * start)
             lengths = np.frombuffer(self._idx.read(4 * count), dtype=np.int32)
             ends = pointer + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-            self._idx.seek(_HEADER.size + 4 * self.documents + 8 * start)
+            self._idx.seek(HEADER.size + 4 * self.sequences + 8 * start)
             self._idx.write(np.concatenate(([pointer], ends[:-1])).astype(np.int64).data)
             pointer = int(ends[-1])
-        self._idx.seek(_HEADER.size + 12 * self.documents)
-        for start in range(0, self.documents + 1, _PART):
-            self._idx.write(np.arange(start, min(start + _PART, self.documents + 1), dtype=np.int64).data)
+        if pointer != self.tokens * self.dtype.itemsize:
+            raise ValueError(f"lengths of {pointer} bytes in all, but {self.tokens} tokens were appended")
+        self._idx.seek(HEADER.size + 12 * self.sequences)
+        last = self._copy_boundaries()
+        if last != self.sequences:
+            raise ValueError(f"documents end at sequence {last} of {self.sequences}")
         self._idx.seek(0)
-        code = _CODES[self.dtype]
-        self._idx.write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
+        code = CODES[self.dtype]
+        self._idx.write(HEADER.pack(MAGIC, 1, code, self.sequences, self.documents + 1))
+
+    def _copy_boundaries(self) -> int:
+        """Write the boundaries to where the index stands, and return the last one."""
+        if self._boundaries is None:
+            _write_range(self._idx, self.documents + 1)
+            return self.documents
+        self._boundaries.seek(0)
+        last = b""
+        while block := self._boundaries.read(8 * _PART):
+            self._idx.write(block)
+            last = block[-8:]
+        return int.from_bytes(last, "little")
 
 
 class TokenFile:
@@ -137,6 +188,7 @@ class TokenFile:
         tokens: ids in the whole stream.
         documents: documents in it.
         dtype: the type of the ids on disk.
+        index: where the documents lie.
 
     Raises:
         UserError: a file is missing, is of another kind, or the two do not belong together.
@@ -144,21 +196,18 @@ class TokenFile:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        bin_path, self._idx_path = pair_paths(prefix)
-        for path in (bin_path, self._idx_path):
-            if not os.path.isfile(path):
-                raise UserError(f"no data at {prefix!r}: {path} is missing{_hint(prefix)}")
+        bin_path, idx_path = require_pair(prefix)
         try:
-            code, self._sequences, boundaries, needed = _read_header(self._idx_path)
-            size = os.stat(bin_path).st_size
-            self._stream = _map_tokens(bin_path, np.dtype(_DTYPES[code]))
+            self.index = read_index(idx_path)
+            needed, size = self.index.token_bytes(), os.stat(bin_path).st_size
+            self._stream = _map_tokens(bin_path, self.index.dtype)
         except OSError as error:
             raise UserError(f"cannot read {error.filename or prefix}: {error.strerror}") from error
         self.dtype = self._stream.dtype
-        self.documents = boundaries - 1
+        self.documents = self.index.documents
         if size != needed:
             raise UserError(
-                f"{bin_path} has {size} bytes, but its index {self._idx_path} describes {needed}: "
+                f"{bin_path} has {size} bytes, but its index {idx_path} describes {needed}: "
                 "the file is cut short, still being written, or belongs to another index"
             )
         self.tokens = self._stream.size
@@ -177,37 +226,28 @@ class TokenFile:
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, ``[documents]`` int64. Reads the whole index: not for a run's start."""
-        lengths = np.fromfile(self._idx_path, np.int32, self._sequences, offset=_HEADER.size)
-        boundaries_at = _HEADER.size + 12 * self._sequences
-        boundaries = np.fromfile(self._idx_path, np.int64, self.documents + 1, offset=boundaries_at)
-        ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-        return np.diff(ends[boundaries])
+        return np.concatenate([np.empty(0, np.int64), *document_lengths(self.index)])
+
+    def first_document_lengths(self, count: int) -> np.ndarray:
+        """Tokens of the first ``count`` documents, ``[at most count]`` int64, without reading all."""
+        found = [np.empty(0, np.int64)]
+        for lengths in document_lengths(self.index):
+            if sum(part.size for part in found) >= count:
+                break
+            found.append(lengths)
+        return np.concatenate(found)[:count]
 
 
-def _read_header(path: str) -> tuple[int, int, int, int]:
-    """Type code, sequences, document boundaries, and the bytes that ``.bin`` must have."""
-    with open(path, "rb") as file:
-        head = file.read(_HEADER.size)
-        if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-            raise UserError(f"{path} is not a Megatron index (its first bytes are not MMIDIDX)")
-        _, version, code, sequences, boundaries = _HEADER.unpack(head)
-        if version != 1:
-            raise UserError(f"{path} has index version {version}; only version 1 is known")
-        if code not in _DTYPES:
-            raise UserError(f"{path} has the unknown token type code {code}")
-        size, expected = os.fstat(file.fileno()).st_size, _HEADER.size + 12 * sequences + 8 * boundaries
-        if size != expected or boundaries < 1:
-            raise UserError(
-                f"{path} has {size} bytes, but {sequences} sequences and {boundaries} document boundaries "
-                f"need {expected}: the file is cut short or damaged"
-            )
-        if sequences == 0:
-            return code, 0, boundaries, 0
-        file.seek(_HEADER.size + 4 * (sequences - 1))
-        (last_length,) = struct.unpack("<i", file.read(4))
-        file.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-        (last_pointer,) = struct.unpack("<q", file.read(8))
-    return code, sequences, boundaries, last_pointer + last_length * np.dtype(_DTYPES[code]).itemsize
+def require_pair(prefix: str) -> tuple[str, str]:
+    """The names of the two files of ``prefix``, which exist.
+
+    Raises:
+        UserError: one is missing; with a guess at what was meant.
+    """
+    for path in pair_paths(prefix):
+        if not os.path.isfile(path):
+            raise UserError(f"no data at {prefix!r}: {path} is missing{_hint(prefix)}")
+    return pair_paths(prefix)
 
 
 def _map_tokens(path: str, dtype: np.dtype) -> np.ndarray:
@@ -227,6 +267,12 @@ def _hint(prefix: str) -> str:
         if guess != prefix and os.path.isfile(f"{guess}.idx"):
             return f"; did you mean {guess!r}?"
     return ""
+
+
+def _write_range(file: BinaryIO, count: int) -> None:
+    """Write 0, 1, 2, ... as i64: the boundaries of documents of one sequence each."""
+    for start, size in parts(count, _PART):
+        file.write(np.arange(start, start + size, dtype=np.int64).data)
 
 
 def _sync_folder(path: str) -> None:

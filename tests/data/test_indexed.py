@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tokenformer.data import indexed
+from megatron_tokenformer.data import index_layout, indexed
 from megatron_tokenformer.data.indexed import TokenFile, TokenFileWriter, token_dtype
 from megatron_tokenformer.errors import UserError
 
@@ -74,6 +74,76 @@ def test_round_trip(documents: list[list[int]]) -> None:
         assert (file.documents, file.tokens) == (len(documents), len(stream))
         assert file.window(0, file.tokens).tolist() == stream
         assert file.document_lengths().tolist() == [len(document) for document in documents]
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 2, 1], [0, 1, 4, 0, 1], [1, 1, 1, 1, 2], [1] * 6])
+def test_documents_of_several_sequences_are_megatron_cores(
+    tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    monkeypatch.setattr(indexed, "_PART", 2)
+    sequences = [list(range(10 * i, 10 * i + i + 1)) for i in range(6)]
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    at = 0
+    for count in counts:
+        for sequence in sequences[at : at + count]:
+            builder.add_item(torch.tensor(sequence))
+        builder.end_document()
+        at += count
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    with TokenFileWriter(str(tmp_path / "ours"), np.dtype(np.uint16)) as writer:
+        # In two calls, of which the first has one sequence a document where the case allows it.
+        half = sum(counts[:3])
+        for part, documents in ((sequences[:half], counts[:3]), (sequences[half:], counts[3:])):
+            writer.add(np.concatenate(part), np.array([*map(len, part)]), np.array(documents))
+        writer.finish()
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_appended_tables_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
+    with TokenFileWriter(str(tmp_path / "a"), np.dtype(np.uint16)) as writer:
+        with pytest.raises(ValueError, match="documents of 2 sequences"):
+            writer.add(np.array([1]), np.array([1]), np.array([2]))
+        with pytest.raises(ValueError, match="int32 ids for a file of uint16"):
+            writer.append_tokens(np.array([1], np.int32))
+        writer.append_tokens(np.array([1, 2], np.uint16))
+        with pytest.raises(ValueError, match="2 tokens"):
+            writer.finish()
+        writer.append_lengths(np.array([2]))
+        with pytest.raises(ValueError, match="end at sequence 0 of 1"):
+            writer.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_pair_takes_the_old_description_away(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[1]])
+    (tmp_path / "a.json").write_text("{}")
+    write(tmp_path / "a", [[2]])
+    assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 100])
+def test_document_lengths_in_parts(tmp_path: Path, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents and sequences are cut into parts at different places; no token may fall between them."""
+    monkeypatch.setattr(index_layout, "PART", part)
+    monkeypatch.setattr(index_layout.parts, "__defaults__", (part,))
+    sequences = np.array([2, 0, 0, 3, 1, 0, 4])
+    lengths = np.arange(1, 11)
+    with TokenFileWriter(str(tmp_path / "a"), np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(lengths.sum()), lengths, sequences)
+        writer.finish()
+    file = TokenFile(str(tmp_path / "a"))
+    expected = [1 + 2, 0, 0, 3 + 4 + 5, 6, 0, 7 + 8 + 9 + 10]
+    assert file.document_lengths().tolist() == expected
+    for count in range(9):
+        assert file.first_document_lengths(count).tolist() == expected[:count]
+    with TokenFileWriter(str(tmp_path / "b"), np.dtype(np.uint16)) as writer:
+        writer.add(np.array([], np.int64), np.array([], np.int64), np.array([0, 0]))
+        writer.finish()
+    assert TokenFile(str(tmp_path / "b")).document_lengths().tolist() == [0, 0]
 
 
 def test_windows_outside_the_stream_are_refused(tmp_path: Path) -> None:
@@ -154,7 +224,7 @@ def test_an_unreadable_pair_is_refused_in_words(tmp_path: Path, monkeypatch: pyt
 
     prefix = write(tmp_path / "a", [[1]])
     # By hand, for the superuser that runs tests in containers may read everything.
-    monkeypatch.setattr(indexed, "_read_header", deny)
+    monkeypatch.setattr(indexed, "read_index", deny)
     with pytest.raises(UserError, match=r"cannot read .*a\.idx: Permission denied"):
         TokenFile(prefix)
 
