@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes (default: one per core)",
+        help="cores to use (default: all)",
     )
     add("--overwrite", action="store_true", help="replace existing outputs once the new ones are complete")
     add(

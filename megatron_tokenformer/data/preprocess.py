@@ -1,4 +1,4 @@
-"""From JSON lines to a Megatron token file, on several processes, in bounded memory.
+"""From JSON lines to a Megatron token file, on several cores, in bounded memory.
 
 The parent decompresses and cuts at line ends, workers parse and tokenize, the parent writes what comes back,
 in order: the result is the same for any number of workers.
@@ -12,8 +12,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
@@ -21,11 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from megatron_tokenformer.data.fast_tokenizer import choose_backend
+from megatron_tokenformer.data.fast_tokenizer import FastTokenizer, choose_backend
 from megatron_tokenformer.data.indexed import TokenFileWriter, pair_paths, token_dtype
 from megatron_tokenformer.data.readers import Chunk, expand_inputs, parse_texts, read_chunks, sample_texts
 from megatron_tokenformer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tokenformer.errors import UserError
+
+# fastokens works without Python's lock, so up to this many workers can be threads: they start at once, share
+# its caches, and send nothing through pipes. Parsing does need the lock; more workers must be processes.
+_MOST_THREADS = 4
 
 
 class Job(NamedTuple):
@@ -64,7 +68,7 @@ def preprocess(
         inputs: file names or globs, see :func:`~megatron_tokenformer.data.readers.expand_inputs`.
         output_prefix: the beginning of the output names; its folder is made.
         job: the tokenizer and how to use it.
-        workers: processes that tokenize; 1 works in this process.
+        workers: threads or processes that tokenize, see :func:`_start_pool`.
         overwrite: replace existing outputs, at the end and only if all went well.
         log_interval: seconds between updates of the progress bar.
 
@@ -82,8 +86,8 @@ def preprocess(
     existing = [path for path in (*pair_paths(prefix), f"{prefix}.json") if os.path.exists(path)]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} already exists; use --overwrite to replace it")
-    # The processes are the parallelism: a tokenizer of its own threads in each would only get in their way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The workers are the parallelism: threads of each one's tokenizer would only get in their way.
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "FASTOKENS_BPE_THREADS": "1"}
     tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
     tokenizer = choose_backend(tokenizer, job.tokenizer_backend, sample_texts(paths, job.json_key))
     try:
@@ -179,21 +183,29 @@ def _encode_all(chunks: Iterator[Chunk], tokenizer: Tokenizer, job: Job, workers
     if workers == 1:
         yield from (encode_chunk(chunk, tokenizer, job) for chunk in chunks)
         return
-    # Not forked: the parent has threads by now (progress bar, tokenizer), whose locks a fork would copy held.
-    # The server's copies have this module imported already.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer, job))
+    pool, encode = _start_pool(tokenizer, job, workers)
     try:
         in_flight: deque[Future[Encoded]] = deque()
         for chunk in chunks:
-            in_flight.append(pool.submit(_encode_in_worker, chunk))
+            in_flight.append(pool.submit(encode, chunk))
             if len(in_flight) > 2 * workers:
                 yield in_flight.popleft().result()
         while in_flight:
             yield in_flight.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_pool(tokenizer: Tokenizer, job: Job, workers: int) -> tuple[Executor, Callable[[Chunk], Encoded]]:
+    """Workers, and the function to submit to them: a few threads if that will do, else processes."""
+    if isinstance(tokenizer, FastTokenizer) and workers <= _MOST_THREADS:
+        return ThreadPoolExecutor(workers), lambda chunk: encode_chunk(chunk, tokenizer, job)
+    # Forked by a server: this process has threads by now (progress bar, tokenizer), whose locks a fork would
+    # copy held. The server has this module imported already.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer, job))
+    return pool, _encode_in_worker
 
 
 _worker: tuple[Tokenizer, Job] | None = None
