@@ -68,7 +68,8 @@ class TokenFileWriter:
             raise ValueError(f"lengths add up to {int(lengths.sum())}, but there are {tokens.size} tokens")
         limits = np.iinfo(self.dtype)
         # Ids of the file's own type fit, and are not looked at.
-        if tokens.dtype != self.dtype and tokens.size and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
+        foreign = tokens.size and tokens.dtype != self.dtype
+        if foreign and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
             raise ValueError(f"token ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._idx.write(np.ascontiguousarray(lengths, dtype=np.int32).data)
