@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 
+from megatron_tokenformer.data.fast_tokenizer import BACKENDS
 from megatron_tokenformer.data.preprocess import Job, preprocess
 from megatron_tokenformer.data.readers import add_input_arguments
 from megatron_tokenformer.data.tokenizers import TOKENIZER_TYPES
@@ -40,6 +41,12 @@ def parse_arguments() -> argparse.Namespace:
         help="tokenizer.json or sentencepiece .model (ByteTokenizer: none)",
     )
     add(
+        "--tokenizer-backend",
+        choices=BACKENDS,
+        default="auto",
+        help="for HFTokenizer: fastokens if a check on the input finds its ids identical (default: auto)",
+    )
+    add(
         "--append-eod",
         action="store_true",
         help="end each document with the end-of-document token (recommended)",
@@ -49,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes (default: one per core)",
+        help="cores to use (default: all)",
     )
     add("--overwrite", action="store_true", help="replace existing outputs once the new ones are complete")
     add(
@@ -65,7 +72,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Preprocess, and say what was made."""
     args = parse_arguments()
-    job = Job(args.tokenizer_type, args.tokenizer_model, args.json_key, args.append_eod)
+    job = Job(
+        args.tokenizer_type, args.tokenizer_model, args.json_key, args.append_eod, args.tokenizer_backend
+    )
     start = time.monotonic()
     summary = preprocess(
         args.input,

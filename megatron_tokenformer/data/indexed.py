@@ -69,7 +69,9 @@ class TokenFileWriter:
         if int(lengths.sum()) != tokens.size:
             raise ValueError(f"lengths add up to {int(lengths.sum())}, but there are {tokens.size} tokens")
         limits = np.iinfo(self.dtype)
-        if tokens.size and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
+        # Ids of the file's own type fit, and are not looked at.
+        foreign = tokens.size and tokens.dtype != self.dtype
+        if foreign and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
             raise ValueError(f"token ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
         counts = np.ones(lengths.size, np.int64) if sequences is None else sequences
         if int(counts.sum()) != lengths.size:

@@ -1,4 +1,4 @@
-"""From JSON lines to a Megatron token file, on several processes, in bounded memory.
+"""From JSON lines to a Megatron token file, on several cores, in bounded memory.
 
 The parent decompresses and cuts at line ends, workers parse and tokenize, the parent writes what comes back,
 in order: the result is the same for any number of workers.
@@ -12,8 +12,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
@@ -21,10 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from megatron_tokenformer.data.fast_tokenizer import FastTokenizer, choose_backend
 from megatron_tokenformer.data.indexed import TokenFileWriter, pair_paths, token_dtype
-from megatron_tokenformer.data.readers import Chunk, expand_inputs, parse_chunk, read_chunks
+from megatron_tokenformer.data.readers import Chunk, expand_inputs, parse_texts, read_chunks, sample_texts
 from megatron_tokenformer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tokenformer.errors import UserError
+
+# fastokens works without Python's lock, so up to this many workers can be threads: they start at once, share
+# its caches, and send nothing through pipes. Parsing does need the lock; more workers must be processes.
+_MOST_THREADS = 4
 
 
 class Job(NamedTuple):
@@ -34,6 +39,7 @@ class Job(NamedTuple):
     tokenizer_model: str | None
     json_key: str = "text"
     append_eod: bool = False
+    tokenizer_backend: str = "auto"
 
 
 class Encoded(NamedTuple):
@@ -62,7 +68,7 @@ def preprocess(
         inputs: file names or globs, see :func:`~megatron_tokenformer.data.readers.expand_inputs`.
         output_prefix: the beginning of the output names; its folder is made.
         job: the tokenizer and how to use it.
-        workers: processes that tokenize; 1 works in this process.
+        workers: threads or processes that tokenize, see :func:`_start_pool`.
         overwrite: replace existing outputs, at the end and only if all went well.
         log_interval: seconds between updates of the progress bar.
 
@@ -80,7 +86,10 @@ def preprocess(
     existing = [path for path in (*pair_paths(prefix), f"{prefix}.json") if os.path.exists(path)]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} already exists; use --overwrite to replace it")
+    # The workers are the parallelism: threads of each one's tokenizer would only get in their way.
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "FASTOKENS_BPE_THREADS": "1"}
     tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
+    tokenizer = choose_backend(tokenizer, job.tokenizer_backend, sample_texts(paths, job.json_key))
     try:
         return _write_outputs(paths, prefix, job, tokenizer, workers, log_interval)
     except OSError as error:
@@ -95,18 +104,20 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, job: Job) -> Encoded:
     Raises:
         UserError: a bad line.
     """
-    texts = [document.text for document in parse_chunk(chunk, job.json_key)]
-    ids = [row for row in tokenizer.encode_batch([text for text in texts if text]) if len(row)]
+    texts = parse_texts(chunk, job.json_key)
+    ids, lengths = tokenizer.encode_flat([text for text in texts if text])
+    lengths = lengths[lengths > 0]
     # An end of document spelled out in a text forges a boundary: Megatron's ids are kept, but it is told.
-    forged = sum(int(np.count_nonzero(row == tokenizer.eod_id)) for row in ids)
-    lengths = np.array([len(row) for row in ids], dtype=np.int32)
-    tokens = np.concatenate(ids) if ids else np.empty(0, np.int32)
+    forged = int(np.count_nonzero(ids == tokenizer.eod_id))
+    assert not ids.size or ids.max() < tokenizer.vocab_size, "an id beyond the vocabulary"
+    empty = len(texts) - lengths.size
+    tokens = ids.astype(token_dtype(tokenizer.vocab_size))
     if job.append_eod:
         tokens = np.insert(tokens, np.cumsum(lengths), tokenizer.eod_id)
-        lengths += 1
-    text_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    tokens = tokens.astype(token_dtype(tokenizer.vocab_size))
-    return Encoded(tokens, lengths, chunk.input_bytes, text_bytes, len(texts) - len(ids), forged)
+        lengths = lengths + 1
+    # Python knows at no cost which texts are ASCII; only the others are encoded to be counted.
+    text_bytes = sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
+    return Encoded(tokens, lengths, chunk.input_bytes, text_bytes, empty, forged)
 
 
 def _write_outputs(
@@ -152,6 +163,7 @@ def _write_outputs(
 def _describe(tokenizer: Tokenizer, job: Job) -> dict[str, Any]:
     return {
         "type": job.tokenizer_type,
+        "backend": getattr(tokenizer, "backend", None),
         "model": job.tokenizer_model,
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
@@ -169,15 +181,13 @@ def _write_json(path: str, value: dict[str, Any]) -> None:
 def _encode_all(chunks: Iterator[Chunk], tokenizer: Tokenizer, job: Job, workers: int) -> Iterator[Encoded]:
     """Encode the chunks in order, with a bounded number of them in flight."""
     if workers == 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         yield from (encode_chunk(chunk, tokenizer, job) for chunk in chunks)
         return
-    # Not forked: the parent has threads by now (progress bar, tokenizer), whose locks a fork would copy held.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(job,))
+    pool, encode = _start_pool(tokenizer, job, workers)
     try:
         in_flight: deque[Future[Encoded]] = deque()
         for chunk in chunks:
-            in_flight.append(pool.submit(_encode_in_worker, chunk))
+            in_flight.append(pool.submit(encode, chunk))
             if len(in_flight) > 2 * workers:
                 yield in_flight.popleft().result()
         while in_flight:
@@ -186,17 +196,27 @@ def _encode_all(chunks: Iterator[Chunk], tokenizer: Tokenizer, job: Job, workers
         pool.shutdown(cancel_futures=True)
 
 
+def _start_pool(tokenizer: Tokenizer, job: Job, workers: int) -> tuple[Executor, Callable[[Chunk], Encoded]]:
+    """Workers, and the function to submit to them: a few threads if that will do, else processes."""
+    if isinstance(tokenizer, FastTokenizer) and workers <= _MOST_THREADS:
+        return ThreadPoolExecutor(workers), lambda chunk: encode_chunk(chunk, tokenizer, job)
+    # Forked by a server: this process has threads by now (progress bar, tokenizer), whose locks a fork would
+    # copy held. The server has this module imported already.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer, job))
+    return pool, _encode_in_worker
+
+
 _worker: tuple[Tokenizer, Job] | None = None
 
 
-def _start_worker(job: Job) -> None:
+def _start_worker(tokenizer: Tokenizer, job: Job) -> None:
     global _worker
     # Ctrl-C reaches the whole process group; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    # Without this the tokenizer would start a thread per core in each of the processes.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = load_tokenizer(job.tokenizer_type, job.tokenizer_model), job
+    _worker = tokenizer, job
 
 
 def _leave_with_parent() -> None:

@@ -12,6 +12,7 @@ import glob
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import orjson
@@ -21,6 +22,7 @@ from megatron_tokenformer.errors import UserError
 CHUNK_BYTES = 2 << 20
 # Decompressors expand a whole block at once; a small block keeps even highly compressible input in bounds.
 _BLOCK_BYTES = 64 << 10
+_SAMPLED_FILES = 8
 _SUFFIXES = tuple(f"{name}{packed}" for name in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
 _UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -146,6 +148,46 @@ def parse_chunk(chunk: Chunk, key: str = "text") -> Iterator[Document]:
         if not isinstance(text, str):
             raise UserError(f"{chunk.path}:{number}: {_diagnose(line, key)}", exit_code=1)
         yield Document(chunk.path, number, text)
+
+
+def parse_texts(chunk: Chunk, key: str = "text") -> list[str]:
+    """The texts of :func:`parse_chunk`, without the cost of an object for each document.
+
+    Raises:
+        UserError: as :func:`parse_chunk`.
+    """
+    try:
+        texts = [orjson.loads(line)[key] for line in chunk.data.split(b"\n") if line]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        # A blank line, a byte order mark, or an error, which the careful way finds and names.
+        return [document.text for document in parse_chunk(chunk, key)]
+    return texts
+
+
+def sample_texts(paths: Sequence[str], key: str = "text", size: int = 256 << 10) -> list[str]:
+    """Texts from the beginning of up to eight of the files, from about ``size`` bytes in all.
+
+    For a look at the data before the pass over them: what cannot be read or parsed is passed over, for it is
+    the pass that must tell. The beginning of a line that is too long is given as it is, JSON and all.
+    """
+    chosen = paths[:: -(-len(paths) // _SAMPLED_FILES)]
+    return [text for path in chosen for text in _first_texts(path, key, size // len(chosen))]
+
+
+def _first_texts(path: str, key: str, size: int) -> list[str]:
+    head = b""
+    with suppress(OSError, EOFError, zlib.error, _zstd_error()):
+        for block in _decompressed_blocks(path, lambda _: None):
+            head += block[:size]
+            if len(head) >= size:
+                break
+    texts = []
+    for line in head[:size].split(b"\n"):
+        with suppress(orjson.JSONDecodeError, KeyError, TypeError):
+            texts.append(orjson.loads(line)[key])
+    return [text for text in texts if isinstance(text, str)] or [head[:size].decode("utf-8", "ignore")]
 
 
 def _diagnose(line: bytes, key: str) -> str:

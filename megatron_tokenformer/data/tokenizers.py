@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,8 +15,20 @@ from megatron_tokenformer.errors import UserError
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
+class FlatIds(NamedTuple):
+    """The ids of a batch of texts in one array: a list for each text would cost more than the tokens do.
+
+    Attributes:
+        ids: ``[sum of lengths]`` int32, the texts one after another.
+        lengths: ``[texts]`` int32, the tokens of each text.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
 class Tokenizer(Protocol):
-    """What the rest of the project knows of a tokenizer.
+    """What the rest of the project knows of a tokenizer. It can be pickled, to be loaded again in a worker.
 
     Attributes:
         vocab_size: one more than the largest id.
@@ -31,8 +44,8 @@ class Tokenizer(Protocol):
         """The ids of ``text``, without an end of document."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, ``[number of its tokens]`` int32 each, equal to :meth:`encode`'s."""
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        """The ids of all texts, equal to :meth:`encode`'s."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -73,9 +86,11 @@ class ByteTokenizer:
         """The bytes of ``text``."""
         return list(text.encode("utf-8"))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The bytes of each text, ``[bytes]`` int32 each."""
-        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        """The bytes of all texts."""
+        rows = [text.encode("utf-8") for text in texts]
+        ids = np.frombuffer(b"".join(rows), np.uint8).astype(np.int32)
+        return FlatIds(ids, np.array([len(row) for row in rows], np.int32))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; broken UTF-8 is replaced, for a model may well emit it."""
@@ -83,11 +98,17 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-    """A ``tokenizer.json`` through the Hugging Face ``tokenizers`` library."""
+    """A ``tokenizer.json`` through the Hugging Face ``tokenizers`` library: the reference for its ids.
+
+    :class:`~megatron_tokenformer.data.fast_tokenizer.FastTokenizer` gives the same ids many times faster.
+    """
 
     def __init__(self, model: str) -> None:
         from tokenizers import Tokenizer as Backend
+        from tokenizers import __version__
 
+        self.model = model
+        self.backend = f"tokenizers {__version__}"
         try:
             self._backend = Backend.from_file(model)
         except Exception as error:  # the library raises bare Exception for a bad file
@@ -106,13 +127,16 @@ class HFTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.fingerprint = _file_hash(model)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HFTokenizer, (self.model,)
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, with what the file's own template adds, as in GPT-NeoX and Megatron-LM."""
         return self._backend.encode(text).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, ``[tokens]`` int32 each; TOKENIZERS_PARALLELISM says on how many threads."""
-        return [np.asarray(e.ids, dtype=np.int32) for e in self._backend.encode_batch_fast(list(texts))]
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        """The ids of all texts; TOKENIZERS_PARALLELISM says on how many threads."""
+        return _flat([encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` without special tokens."""
@@ -125,6 +149,7 @@ class SentencePieceTokenizer:
     def __init__(self, model: str) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        self.model = model
         try:
             self._backend = SentencePieceProcessor(model_file=model)
         except (RuntimeError, OSError) as error:
@@ -135,18 +160,25 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._backend.get_piece_size()
         self.fingerprint = _file_hash(model)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self.model,)
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``."""
         return self._backend.encode(text, out_type=int)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, ``[tokens]`` int32 each, on one thread: callers bring their own processes."""
-        encoded = self._backend.encode(list(texts), out_type=int, num_threads=1)
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        """The ids of all texts, on one thread: callers bring their own processes."""
+        return _flat(self._backend.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; control pieces give no text."""
         return self._backend.decode([int(i) for i in ids])
+
+
+def _flat(rows: list[list[int]]) -> FlatIds:
+    lengths = np.array([len(row) for row in rows], np.int32)
+    return FlatIds(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths)
 
 
 def _file_hash(path: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import io
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -45,7 +46,9 @@ def tokenizer(request: pytest.FixtureRequest, corpus: Path) -> Tokenizer:
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\u2581"))))
 def test_round_trip_and_batches(tokenizer: Tokenizer, texts: list[str]) -> None:
-    batch = [row.tolist() for row in tokenizer.encode_batch(texts)]
+    ids, lengths = tokenizer.encode_flat(texts)
+    assert ids.dtype == lengths.dtype == np.int32
+    batch = [row.tolist() for row in np.split(ids, np.cumsum(lengths))[:-1]]
     assert batch == [tokenizer.encode(text) for text in texts]
     assert [tokenizer.decode(ids) for ids in batch] == texts
     assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eod_id for ids in batch for i in ids)
@@ -71,7 +74,7 @@ def test_truncation_and_padding_saved_in_a_file_are_ignored(corpus: Path, tmp_pa
     backend.enable_truncation(2)
     backend.enable_padding(length=5)
     backend.save(path)
-    assert [len(row) for row in load_tokenizer("HFTokenizer", path).encode_batch(["z", "zqxjkvw"])] == [1, 7]
+    assert load_tokenizer("HFTokenizer", path).encode_flat(["z", "zqxjkvw"]).lengths.tolist() == [1, 7]
 
 
 def test_an_unusual_end_of_document_is_found_when_it_is_the_only_special_token(tmp_path: Path) -> None:
