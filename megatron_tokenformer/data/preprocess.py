@@ -6,7 +6,6 @@ in order: the result is the same for any number of workers.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from megatron_tokenformer.data.fast_tokenizer import FastTokenizer, choose_backend
 from megatron_tokenformer.data.indexed import TokenFileWriter, pair_paths, token_dtype
 from megatron_tokenformer.data.readers import Chunk, expand_inputs, parse_texts, read_chunks, sample_texts
+from megatron_tokenformer.data.sidecar import SidecarWriter, sidecar_path
 from megatron_tokenformer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tokenformer.errors import UserError
 
@@ -83,7 +83,7 @@ def preprocess(
         raise UserError(f"workers must be at least 1, not {workers}")
     paths = expand_inputs(inputs)
     prefix = f"{output_prefix}_{job.json_key}_document"
-    existing = [path for path in (*pair_paths(prefix), f"{prefix}.json") if os.path.exists(path)]
+    existing = [path for path in (*pair_paths(prefix), sidecar_path(prefix)) if os.path.exists(path)]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} already exists; use --overwrite to replace it")
     # The workers are the parallelism: threads of each one's tokenizer would only get in their way.
@@ -152,11 +152,9 @@ def _write_outputs(
             "tokenizer": _describe(tokenizer, job),
             "inputs": [{"path": path, "bytes": size} for path, size in zip(paths, sizes, strict=True)],
         }
-        # An old description must not outlive the pair it describes.
-        if os.path.exists(f"{prefix}.json"):
-            os.remove(f"{prefix}.json")
-        writer.finish()
-    _write_json(f"{prefix}.json", summary)
+        with SidecarWriter(prefix, summary) as sidecar:
+            writer.finish()
+            sidecar.finish()
     return summary
 
 
@@ -169,13 +167,6 @@ def _describe(tokenizer: Tokenizer, job: Job) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod_id,
     }
-
-
-def _write_json(path: str, value: dict[str, Any]) -> None:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-    os.replace(f"{path}.tmp", path)
 
 
 def _encode_all(chunks: Iterator[Chunk], tokenizer: Tokenizer, job: Job, workers: int) -> Iterator[Encoded]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 import struct
 import subprocess
 import sys
@@ -247,7 +248,6 @@ def test_command_line(tmp_path: Path, pair: tuple[str, str]) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_files(tmp_path: Path, pair: tuple[str, str]) -> None:
-    resource = pytest.importorskip("resource")
     before = names(tmp_path)
     failed = run_tool(
         *("--input", *pair, "--output-prefix", str(tmp_path / "out")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -168,7 +169,6 @@ def test_command_line(tmp_path: Path, inputs: str) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_files(tmp_path: Path, inputs: str) -> None:
-    resource = pytest.importorskip("resource")
     before = names(tmp_path)
     failed = run_tool(
         *("--input", inputs, "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteTokenizer"),
