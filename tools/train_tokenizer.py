@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_tokenformer.data.readers import add_input_arguments
+from megatron_tokenformer.data.inputs import add_input_arguments
 from megatron_tokenformer.data.tokenizer_training import TRAINABLE_TYPES, train_tokenizer
 from megatron_tokenformer.errors import run_cli
 

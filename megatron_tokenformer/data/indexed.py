@@ -6,6 +6,7 @@ preprocessing, one sequence a document unless told otherwise.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import tempfile
@@ -38,20 +39,29 @@ class TokenFileWriter:
     context manager, leaving without :meth:`finish` removes them. The bytes are those of megatron-core's
     ``IndexedDatasetBuilder``.
 
+    Args:
+        prefix: the pair's name without ``.bin``; its folder is made.
+        dtype: the type of the ids on disk.
+        resume: (tokens, documents) of an earlier writer's temporary files that are kept, after :meth:`sync`
+            and one sequence a document; what it wrote later is cut off.
+
+    Raises:
+        UserError: another process is writing this pair (exit code 2); there is not what was to be kept (1).
+
     Attributes:
         documents, sequences, tokens: what was written so far.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype) -> None:
+    def __init__(self, prefix: str, dtype: np.dtype, resume: tuple[int, int] = (0, 0)) -> None:
         self.prefix = prefix
         self.dtype = np.dtype(dtype)
-        self.documents = self.sequences = self.tokens = 0
+        self.tokens, self.documents = resume
+        self.sequences = self.documents
         self._temporary = [f"{path}.tmp" for path in pair_paths(prefix)]
         os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
         self._files = ExitStack()
-        self._bin = self._files.enter_context(open(self._temporary[0], "wb"))
-        self._idx = self._files.enter_context(open(self._temporary[1], "w+b"))
-        self._idx.write(bytes(HEADER.size))
+        self._bin = self._open(0, self.tokens * self.dtype.itemsize, any(resume))
+        self._idx = self._open(1, HEADER.size + 4 * self.sequences, any(resume))
         # The boundaries, from the first document on that is not just one sequence; before, they only count.
         self._boundaries: BinaryIO | None = None
 
@@ -110,19 +120,25 @@ class TokenFileWriter:
         self.documents += ends.size
 
     def finish(self) -> None:
-        """Complete the index, make both files durable and give them their names, replacing an old pair.
+        """Complete the pair and give it its name: :meth:`complete`, then :meth:`publish`."""
+        self.complete()
+        self.publish()
 
-        The old index goes first and the new one comes last: whenever the machine stops, no index ever stands
-        beside another pair's tokens. An old description (``PREFIX.json``) goes with the pair it describes.
+    def complete(self) -> None:
+        """Complete the index, and make both files durable under their temporary names.
 
         Raises:
             ValueError: tokens or documents were appended that no sequence accounts for, or the reverse.
         """
         self._write_tables()
-        for file in (self._bin, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        self.sync()
+
+    def publish(self) -> None:
+        """Give the completed files their names, replacing an old pair.
+
+        The old index goes first and the new one comes last: whenever the machine stops, no index ever stands
+        beside another pair's tokens. An old description (``PREFIX.json``) goes with the pair it describes.
+        """
         bin_path, idx_path = pair_paths(self.prefix)
         for old in (f"{self.prefix}.json", idx_path):
             if os.path.exists(old):
@@ -131,12 +147,23 @@ class TokenFileWriter:
         os.replace(self._temporary[0], bin_path)
         os.replace(self._temporary[1], idx_path)
         _sync_folder(idx_path)
+        self.close()
+
+    def sync(self) -> None:
+        """Make durable what was written so far."""
+        for file in (self._bin, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Leave the temporary files as they are, for a later writer to resume."""
+        # On a full disk closing tries to flush once more and fails; what counts was made durable before.
+        with suppress(OSError):
+            self._files.close()
 
     def discard(self) -> None:
         """Remove the temporary files; nothing happens after :meth:`finish`."""
-        # On a full disk closing tries to flush once more and fails; the files are going anyway.
-        with suppress(OSError):
-            self._files.close()
+        self.close()
         for path in self._temporary:
             if os.path.exists(path):
                 os.remove(path)
@@ -148,6 +175,20 @@ class TokenFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
+
+    def _open(self, which: int, size: int, resume: bool) -> BinaryIO:
+        """Open a temporary file to go on after its first ``size`` bytes, so that no other process does."""
+        path = self._temporary[which]
+        file = self._files.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
+        if not _lock(file, path):
+            self.close()
+            raise UserError(f"another process is writing {self.prefix}; give each its own output prefix")
+        if resume and os.path.getsize(path) < size:
+            self.close()
+            raise UserError(f"{path} is shorter than an earlier run is known to have left it", exit_code=1)
+        file.truncate(size)
+        file.seek(size)
+        return file
 
     def _write_tables(self) -> None:
         """Put pointers and boundaries behind the lengths, read back part by part, and fill in the header."""
@@ -269,6 +310,19 @@ def _hint(prefix: str) -> str:
         if guess != prefix and os.path.isfile(f"{guess}.idx"):
             return f"; did you mean {guess!r}?"
     return ""
+
+
+def _lock(file: BinaryIO, path: str) -> bool:
+    """Whether this process alone has the file, and it is still the one of that name."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: there it is the user who must not start two
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    return False
 
 
 def _write_range(file: BinaryIO, count: int) -> None:

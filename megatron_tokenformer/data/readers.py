@@ -1,30 +1,31 @@
-"""Stream documents out of JSON-lines files (plain, gzip, zstd) in bounded memory.
+"""Stream JSON-lines files (plain, gzip, zstd) in bounded memory, as chunks of whole lines.
 
-Reading has two halves, so that the costly one can run in other processes: :func:`read_chunks` decompresses
-and cuts at line ends, :func:`parse_chunk` decodes the lines of one chunk. Every error names file, line and
-reason.
+Reading has two halves, so that the costly one can run on other cores: :func:`read_chunks` decompresses and
+cuts at line ends, ``lines.parse_lines`` decodes the lines of one chunk. What is wrong is told with file, line
+and reason, beside what is good.
 """
 
 from __future__ import annotations
 
-import argparse
-import glob
-import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
+from megatron_tokenformer.data import problems as kinds
+from megatron_tokenformer.data.lines import Fields, parse_lines
+from megatron_tokenformer.data.problems import Problem
 from megatron_tokenformer.errors import UserError
 
 CHUNK_BYTES = 2 << 20
+# A line beyond this goes to a file, and its text through the workers in pieces.
+LONG_LINE_BYTES = 8 << 20
 # Decompressors expand a whole block at once; a small block keeps even highly compressible input in bounds.
-_BLOCK_BYTES = 64 << 10
+_BLOCK_BYTES = 128 << 10
 _SAMPLED_FILES = 8
-_SUFFIXES = tuple(f"{name}{packed}" for name in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
-_UTF8_BOM = b"\xef\xbb\xbf"
 
 
 class Chunk(NamedTuple):
@@ -35,135 +36,144 @@ class Chunk(NamedTuple):
         first_line: the number of the first line, counted from 1.
         data: the lines, decompressed, as bytes.
         input_bytes: bytes of the file (compressed) that were read for this chunk; they add up to its size.
+        problem: why nothing of the file can be read after these lines.
+        ends_file: whether they are the last ones.
     """
 
     path: str
     first_line: int
     data: bytes
     input_bytes: int
+    problem: Problem | None = None
+    ends_file: bool = False
 
 
-class Document(NamedTuple):
-    """One document and where it came from (``line`` counts from 1)."""
+class LongLine(NamedTuple):
+    """One line that is too long to be held in memory, without its end; use it before taking the next chunk.
+
+    Attributes:
+        path, first_line, input_bytes: as in a :class:`Chunk`.
+        file: the line, from the file's beginning to its end; closed when the next chunk is taken.
+    """
 
     path: str
-    line: int
-    text: str
+    first_line: int
+    file: BinaryIO
+    input_bytes: int
 
 
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that reads JSON lines: `--input` and `--json-key`."""
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="files or quoted globs: .jsonl, .jsonl.gz, .jsonl.zst",
-    )
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="where a line's text is (default: text)"
-    )
+def read_texts(
+    paths: Iterable[str], key: str = "text", report: Callable[[int], object] = lambda _: None
+) -> Iterator[str]:
+    """Yield the text of every document of ``paths`` in order, holding one chunk in memory.
 
-
-def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Expand file names and globs (``**`` included) into the list of files to read.
-
-    Patterns keep their order, the matches of each are sorted, and a file that matches twice is read once.
+    Args:
+        report: told how many bytes of the files have been read since it was told last.
 
     Raises:
-        UserError: a pattern matches nothing, or a match is not a JSON-lines file.
-    """
-    paths: dict[str, None] = {}
-    for pattern in patterns:
-        # A file whose name holds brackets is meant literally, as a shell would have passed it.
-        matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise UserError(f"no input file matches {pattern!r}")
-        paths.update(dict.fromkeys(matches))
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"input {path!r} is not a file")
-        if not path.endswith(_SUFFIXES):
-            raise UserError(f"input {path!r} does not end in one of {', '.join(_SUFFIXES)}")
-    return list(paths)
-
-
-def read_documents(paths: Iterable[str], key: str = "text") -> Iterator[Document]:
-    """Yield every document of ``paths`` in order, holding one chunk in memory.
-
-    Raises:
-        UserError: see :func:`read_chunks` and :func:`parse_chunk`.
+        UserError: the first bad line or file.
     """
     for path in paths:
         for chunk in read_chunks(path):
-            yield from parse_chunk(chunk, key)
+            data = chunk.file.read() if isinstance(chunk, LongLine) else chunk.data
+            parsed = parse_lines(data, path, chunk.first_line, Fields(key))
+            for problem in parsed.problems:
+                raise problem.error()
+            yield from parsed.texts
+            if isinstance(chunk, Chunk) and chunk.problem:
+                raise chunk.problem.error()
+            report(chunk.input_bytes)
 
 
-def read_chunks(path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Yield the decompressed file in chunks of whole lines, ``chunk_bytes`` or one line's end more each.
+def read_chunks(
+    path: str,
+    chunk_bytes: int = CHUNK_BYTES,
+    long_line_bytes: int = LONG_LINE_BYTES,
+    spool_folder: str | None = None,
+) -> Iterator[Chunk | LongLine]:
+    """Yield the decompressed file in chunks of whole lines, ``chunk_bytes`` or one line more each.
 
-    Raises:
-        UserError: the file cannot be read, or its compressed data are damaged or end too early.
+    A line of more than ``long_line_bytes`` comes alone, in a file in ``spool_folder``. The last chunk,
+    perhaps empty, says that it is the last, and what is wrong with a file that cannot be read to its end.
     """
-    taken = 0
-
-    def count(size: int) -> None:
-        nonlocal taken
-        taken += size
-
-    line, reported, pending, size = 1, 0, [], 0
+    reader = _Reader(path, chunk_bytes, long_line_bytes, spool_folder)
     try:
-        for block in _decompressed_blocks(path, count):
-            pending.append(block)
-            size += len(block)
-            if size < chunk_bytes or b"\n" not in block:
-                continue
-            cut = block.rfind(b"\n") + 1
-            data = b"".join([*pending[:-1], block[:cut]])
-            yield Chunk(path, line, data, taken - reported)
-            line, reported, pending, size = line + data.count(b"\n"), taken, [block[cut:]], len(block) - cut
+        yield from reader.chunks()
     except (OSError, EOFError, zlib.error, _zstd_error()) as error:
-        after = line + sum(block.count(b"\n") for block in pending) - 1
-        where = f"{path}: after line {after}" if after else path
-        raise UserError(f"{where}: {_reason(error)}", exit_code=1) from error
-    yield Chunk(path, line, b"".join(pending), taken - reported)
+        yield reader.rest(error)
+    else:
+        yield reader.rest(None)
 
 
-def parse_chunk(chunk: Chunk, key: str = "text") -> Iterator[Document]:
-    """Yield a chunk's documents: one JSON object a line, the text under ``key``; blank lines are skipped.
+class _Reader:
+    """The state of reading one file: what is decompressed and not yet given out, and where that is."""
 
-    Raises:
-        UserError: invalid UTF-8, malformed JSON, not an object, or no string under ``key``.
-    """
-    data = chunk.data
-    if chunk.first_line == 1 and data.startswith(_UTF8_BOM):
-        data = data[len(_UTF8_BOM) :]
-    for number, line in enumerate(data.split(b"\n"), chunk.first_line):
-        if not line or line.isspace():
-            continue
-        try:
-            text = orjson.loads(line)[key]
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise UserError(f"{chunk.path}:{number}: {_diagnose(line, key)}", exit_code=1)
-        yield Document(chunk.path, number, text)
+    def __init__(self, path: str, chunk_bytes: int, long_line_bytes: int, spool_folder: str | None) -> None:
+        self.path, self.chunk_bytes, self.long_line_bytes = path, chunk_bytes, long_line_bytes
+        self.spool_folder = spool_folder
+        self.line, self.pending, self.size = 1, [], 0
+        self.taken = self.reported = 0
 
+    def chunks(self) -> Iterator[Chunk | LongLine]:
+        """All but the last chunk."""
+        blocks = _decompressed_blocks(self.path, self._take)
+        for block in blocks:
+            self.pending.append(block)
+            self.size += len(block)
+            if self.size < self.chunk_bytes:
+                continue
+            if b"\n" in block:
+                yield self._cut(b"".join(self.pending[:-1]), block)
+            elif self.size > self.long_line_bytes:
+                joined = b"".join(self.pending)
+                if b"\n" in joined:
+                    yield self._cut(b"", joined)
+                else:
+                    yield from self._spool(blocks)
 
-def parse_texts(chunk: Chunk, key: str = "text") -> list[str]:
-    """The texts of :func:`parse_chunk`, without the cost of an object for each document.
+    def rest(self, error: Exception | None) -> Chunk:
+        """The last chunk: what is left, up to the last whole line if reading ended with an error."""
+        data = b"".join(self.pending)
+        problem = None
+        if error is not None:
+            data = data[: data.rfind(b"\n") + 1]
+            kind, reason = _words(error)
+            after = self.line + data.count(b"\n") - 1
+            where = f"{self.path}: after line {after}" if after else self.path
+            problem = Problem(kind, f"{where}: {reason}")
+        return Chunk(self.path, self.line, data, self._report(), problem, ends_file=True)
 
-    Raises:
-        UserError: as :func:`parse_chunk`.
-    """
-    try:
-        texts = [orjson.loads(line)[key] for line in chunk.data.split(b"\n") if line]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        texts = [None]
-    if not all(isinstance(text, str) for text in texts):
-        # A blank line, a byte order mark, or an error, which the careful way finds and names.
-        return [document.text for document in parse_chunk(chunk, key)]
-    return texts
+    def _take(self, size: int) -> None:
+        self.taken += size
+
+    def _report(self) -> int:
+        taken, self.reported = self.taken - self.reported, self.taken
+        return taken
+
+    def _cut(self, before: bytes, block: bytes) -> Chunk:
+        """Give out all whole lines; ``block`` has a line's end, ``before`` is what comes before it."""
+        cut = block.rfind(b"\n") + 1
+        data = before + block[:cut] if before else block[:cut]
+        chunk = Chunk(self.path, self.line, data, self._report())
+        self.line += data.count(b"\n")
+        self.pending, self.size = [block[cut:]], len(block) - cut
+        return chunk
+
+    def _spool(self, blocks: Iterator[bytes]) -> Iterator[LongLine]:
+        """Put the line that is pending into a file, and give it out when its end has come."""
+        with tempfile.TemporaryFile(dir=self.spool_folder) as file:
+            for block in self.pending:
+                _write(file, block)
+            self.pending, self.size = [], 0
+            for block in blocks:
+                end = block.find(b"\n")
+                _write(file, block if end < 0 else block[:end])
+                if end >= 0:
+                    self.pending, self.size = [block[end + 1 :]], len(block) - end - 1
+                    break
+            file.seek(0)
+            yield LongLine(self.path, self.line, file, self._report())
+            self.line += 1
 
 
 def sample_texts(paths: Sequence[str], key: str = "text", size: int = 256 << 10) -> list[str]:
@@ -190,26 +200,10 @@ def _first_texts(path: str, key: str, size: int) -> list[str]:
     return [text for text in texts if isinstance(text, str)] or [head[:size].decode("utf-8", "ignore")]
 
 
-def _diagnose(line: bytes, key: str) -> str:
-    """Say in words why ``line`` gives no text; kept apart so that good lines pay nothing for it."""
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"invalid UTF-8: byte {line[error.start]:#04x} at column {error.start + 1} of the line"
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return f"malformed JSON: {error}"
-    if not isinstance(value, dict):
-        return f"expected a JSON object with the key {key!r}, found {type(value).__name__}"
-    if key not in value:
-        return f"no key {key!r}; the object has {', '.join(map(repr, value)) or 'no keys'}"
-    return f"the value of {key!r} is {type(value[key]).__name__}, not a string"
-
-
 def _decompressed_blocks(path: str, count: Callable[[int], None]) -> Iterator[bytes]:
     """Yield the content of ``path`` block by block, telling ``count`` the bytes read from the disk."""
-    with open(path, "rb") as file:
+    # Unbuffered: the blocks are large already, and a buffer would copy each once more.
+    with open(path, "rb", buffering=0) as file:
         blocks = _raw_blocks(file, count)
         if path.endswith(".gz"):
             yield from _decompress(blocks, lambda: zlib.decompressobj(wbits=31))
@@ -247,15 +241,23 @@ def _decompress(blocks: Iterator[bytes], new_frame: Callable[[], Any]) -> Iterat
         raise EOFError
 
 
+def _write(file: BinaryIO, data: bytes) -> None:
+    try:
+        file.write(data)
+    except OSError as error:  # not one of the input, for which it would be taken
+        raise UserError(f"cannot put a long line into a temporary file: {error.strerror}", 1) from error
+
+
 def _zstd_error() -> type[Exception]:
     import zstandard
 
     return zstandard.ZstdError
 
 
-def _reason(error: Exception) -> str:
+def _words(error: Exception) -> tuple[str, str]:
+    """The kind of a file's problem, and the reason."""
     if isinstance(error, EOFError):
-        return "the compressed data end too early (a truncated file?)"
+        return kinds.TRUNCATED, "the compressed data end too early (a truncated file?)"
     if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"damaged compressed data ({error})"
+        return kinds.UNREADABLE, error.strerror or str(error)
+    return kinds.DAMAGED, f"damaged compressed data ({error})"

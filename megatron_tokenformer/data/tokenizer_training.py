@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from megatron_tokenformer.data.readers import expand_inputs, parse_chunk, read_chunks
+from megatron_tokenformer.data.inputs import expand_inputs
+from megatron_tokenformer.data.readers import read_texts
 from megatron_tokenformer.data.tokenizers import load_tokenizer
 from megatron_tokenformer.errors import UserError
 
@@ -72,12 +73,9 @@ def _texts(paths: list[str], json_key: str) -> Iterator[str]:
     """All texts, with a progress bar over the bytes of the inputs."""
     total, texts = sum(os.path.getsize(path) for path in paths), 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="read") as bar:
-        for path in paths:
-            for chunk in read_chunks(path):
-                for document in parse_chunk(chunk, json_key):
-                    texts += bool(document.text)
-                    yield document.text
-                bar.update(chunk.input_bytes)
+        for text in read_texts(paths, json_key, bar.update):
+            texts += bool(text)
+            yield text
     if texts == 0:
         raise UserError(f"no text in {len(paths)} input file(s), e.g. {paths[0]}", exit_code=1)
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tokenformer.data import fast_tokenizer
+from megatron_tokenformer.data.encode import Job
 from megatron_tokenformer.data.fast_tokenizer import HARD_TEXTS, FastTokenizer, choose_backend, difference
-from megatron_tokenformer.data.preprocess import Job, preprocess
+from megatron_tokenformer.data.preprocess import Options, preprocess
 from megatron_tokenformer.data.readers import read_chunks, sample_texts
 from megatron_tokenformer.data.tokenizer_training import train_tokenizer
 from megatron_tokenformer.data.tokenizers import ByteTokenizer, FlatIds, HFTokenizer, load_tokenizer
@@ -183,7 +184,7 @@ def test_a_file_that_fastokens_does_not_take_goes_to_tokenizers(
     backend.train_from_iterator(["some words to learn"], trainer)
     backend.save(str(tmp_path / "t.json"))
     job = Job("HFTokenizer", str(tmp_path / "t.json"))
-    summary = preprocess([str(corpus)], str(tmp_path / "out"), job)
+    summary = preprocess([str(corpus)], str(tmp_path / "out"), job).datasets[0]
     assert summary["tokenizer"]["backend"].startswith("tokenizers ")
     assert "instead of fastokens: " in capfd.readouterr().err.splitlines()[0]
 
@@ -231,7 +232,7 @@ def test_the_output_is_the_same_for_both_backends_and_the_choice_is_recorded(
     for name, workers in (("huggingface", 1), ("fastokens", 1), ("auto", 2), ("auto in processes", 5)):
         backend = name.split()[0]
         job = Job("HFTokenizer", reference.model, append_eod=True, tokenizer_backend=backend)
-        summary = preprocess([str(corpus)], str(tmp_path / name), job, workers=workers)
+        summary = preprocess([str(corpus)], str(tmp_path / name), job, Options(workers=workers)).datasets[0]
         outputs[name] = [Path(f"{summary['prefix']}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
         recorded = json.loads(Path(f"{summary['prefix']}.json").read_text())["tokenizer"]["backend"]
         assert recorded.split()[0] == ("tokenizers" if backend == "huggingface" else "fastokens")

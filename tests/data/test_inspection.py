@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tokenformer.data import inspection
+from megatron_tokenformer.data.encode import Job
 from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.data.inspection import Damage, inspect_dataset
 from megatron_tokenformer.data.lengths import LengthCounts
-from megatron_tokenformer.data.preprocess import Job, preprocess
+from megatron_tokenformer.data.preprocess import preprocess
 from megatron_tokenformer.data.tokenizer_training import train_tokenizer
 from megatron_tokenformer.errors import UserError
 
@@ -36,7 +37,8 @@ def dataset(tmp_path: Path) -> str:
     """The prefix of a dataset made by preprocessing."""
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS))
-    return preprocess([str(path)], str(tmp_path / "d"), Job("ByteTokenizer", None, append_eod=True))["prefix"]
+    job = Job("ByteTokenizer", None, append_eod=True)
+    return preprocess([str(path)], str(tmp_path / "d"), job).datasets[0]["prefix"]
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -281,7 +283,9 @@ def test_a_tokenizer_that_changed_does_not_decode(tmp_path: Path) -> None:
     text.write_bytes(orjson.dumps({"text": "hello hello world"}) + b"\n")
     model = tmp_path / "t.json"
     train_tokenizer([str(text)], "HFTokenizer", 260, str(model))
-    prefix = preprocess([str(text)], str(tmp_path / "d"), Job("HFTokenizer", str(model)))["prefix"]
+    prefix = preprocess([str(text)], str(tmp_path / "d"), Job("HFTokenizer", str(model))).datasets[0][
+        "prefix"
+    ]
     assert '"hello hello world"' in run_tool(prefix).stdout
     model.write_text(model.read_text() + " ")
     changed = run_tool(prefix)

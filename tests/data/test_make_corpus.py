@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_tokenformer.data.readers import read_documents
+from megatron_tokenformer.data.readers import read_texts
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples/demo/make_corpus.py"
 
@@ -51,7 +51,7 @@ def test_corpus(
     assert "121 documents" in capsys.readouterr().out
     assert sorted(path.name for path in output.iterdir()) == sorted(make_corpus.OUTPUTS)
 
-    texts = {name: [d.text for d in read_documents([str(output / name)])] for name in make_corpus.OUTPUTS}
+    texts = {name: list(read_texts([str(output / name)])) for name in make_corpus.OUTPUTS}
     everything = [text for held in texts.values() for text in held]
     assert len(everything) == 121
     assert "unwanted" not in "".join(everything)

@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tokenformer.data import merging
+from megatron_tokenformer.data.encode import Job
 from megatron_tokenformer.data.indexed import TokenFile, TokenFileWriter
 from megatron_tokenformer.data.merging import merge_datasets
-from megatron_tokenformer.data.preprocess import Job, preprocess
+from megatron_tokenformer.data.preprocess import preprocess
 from megatron_tokenformer.data.tokenizer_training import train_tokenizer
 from megatron_tokenformer.errors import UserError
 
@@ -73,9 +74,9 @@ def test_parts_merged_are_one_pass(
     monkeypatch.setattr(merging, "_BLOCK_BYTES", 1000)
     train_tokenizer(inputs, "HFTokenizer", 400, str(tmp_path / "tokenizer.json"))
     job = Job("HFTokenizer", str(tmp_path / "tokenizer.json"), append_eod=True)
-    one_pass = preprocess(inputs, str(tmp_path / "all"), job)
+    one_pass = preprocess(inputs, str(tmp_path / "all"), job).datasets[0]
     parts = [
-        preprocess(inputs[low:high], str(tmp_path / f"part-{low}"), job)["prefix"]
+        preprocess(inputs[low:high], str(tmp_path / f"part-{low}"), job).datasets[0]["prefix"]
         for low, high in itertools.pairwise(cuts)
     ]
     before = [files(part) for part in parts]
@@ -128,7 +129,8 @@ def test_documents_of_several_sequences_keep_their_boundaries(tmp_path: Path) ->
 def pair(tmp_path: Path, inputs: list[str]) -> tuple[str, str]:
     """Two described parts of one preprocessing."""
     first, second = (
-        preprocess([path], str(tmp_path / name), BYTES)["prefix"] for path, name in zip(inputs, "xy")
+        preprocess([path], str(tmp_path / name), BYTES).datasets[0]["prefix"]
+        for path, name in zip(inputs, "xy")
     )
     return first, second
 
@@ -157,7 +159,7 @@ def test_other_types_and_tokenizers_are_refused(
     refuse(tmp_path, [plain, wide], "token types differ: .*plain has uint16, .*wide int32")
     refuse(tmp_path, [first, plain], r"plain\.json is missing, .*x_text_document")
     refuse(tmp_path, [plain, first], r"plain\.json is missing")
-    without = preprocess(inputs[:1], str(tmp_path / "w"), Job("ByteTokenizer", None))["prefix"]
+    without = preprocess(inputs[:1], str(tmp_path / "w"), Job("ByteTokenizer", None)).datasets[0]["prefix"]
     refuse(
         tmp_path, [without, first], "x_text_document was made with --append-eod, .*w_text_document without"
     )

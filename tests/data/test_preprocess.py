@@ -5,29 +5,22 @@ from __future__ import annotations
 import gzip
 import json
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 import torch
 import zstandard
 
+from megatron_tokenformer.data.encode import Job
 from megatron_tokenformer.data.indexed import TokenFile
-from megatron_tokenformer.data.preprocess import Job, preprocess
+from megatron_tokenformer.data.preprocess import Options, preprocess
 from megatron_tokenformer.data.tokenizer_training import train_tokenizer
 from megatron_tokenformer.data.tokenizers import load_tokenizer
 from megatron_tokenformer.errors import UserError
+from tests.data.runs import BYTES, json_lines, names, output_bytes, run_tool
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {i} says {'again and ' * (i % 7)}that 日本 is {i * i}.\n" for i in range(300)]
-BYTES = Job("ByteTokenizer", None, append_eod=True)
-
-
-def json_lines(texts: list[str]) -> bytes:
-    return b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)
 
 
 @pytest.fixture
@@ -42,19 +35,6 @@ def inputs(tmp_path: Path) -> str:
 def hf_model(tmp_path: Path, inputs: str) -> str:
     train_tokenizer([inputs], "HFTokenizer", 400, str(tmp_path / "tokenizer.json"))
     return str(tmp_path / "tokenizer.json")
-
-
-def output_bytes(prefix: Path) -> tuple[bytes, bytes]:
-    return tuple(Path(f"{prefix}_text_document{suffix}").read_bytes() for suffix in (".bin", ".idx"))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def run_tool(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
 def test_equal_for_any_workers_and_packing_and_equal_to_megatron_core(
@@ -76,17 +56,19 @@ def test_equal_for_any_workers_and_packing_and_equal_to_megatron_core(
     for name, source, workers in (
         ("one", inputs, 1),
         ("two", inputs, 2),
+        ("four", inputs, 4),
+        ("processes", inputs, 6),
         ("gz", str(tmp_path / "all.jsonl.gz"), 1),
         ("zst", str(tmp_path / "all.jsonl.zst"), 2),
     ):
-        preprocess([source], str(tmp_path / name), job, workers=workers)
+        preprocess([source], str(tmp_path / name), job, Options(workers=workers))
         assert output_bytes(tmp_path / name) == expected
 
 
 def test_the_summary_counts_and_describes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(["ab", "", "é", ""]))
-    summary = preprocess([str(path)], str(tmp_path / "new/folder/out"), BYTES)
+    summary = preprocess([str(path)], str(tmp_path / "new/folder/out"), BYTES).datasets[0]
     assert summary == json.loads(Path(f"{summary['prefix']}.json").read_text())
     assert summary["prefix"] == str(tmp_path / "new/folder/out_text_document")
     expected = {"documents": 2, "tokens": 6, "text_bytes": 4, "empty_texts": 2, "dtype": "uint16"}
@@ -100,7 +82,7 @@ def test_the_summary_counts_and_describes(tmp_path: Path) -> None:
 def test_without_append_eod_and_with_another_key(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"body": "ab"}\n{"body": "c"}\n')
-    summary = preprocess([str(path)], str(tmp_path / "out"), Job("ByteTokenizer", None, "body"))
+    summary = preprocess([str(path)], str(tmp_path / "out"), Job("ByteTokenizer", None, "body")).datasets[0]
     file = TokenFile(str(tmp_path / "out_body_document"))
     assert summary["tokens"] == 3
     assert file.window(0, 3).tolist() == [*b"abc"]
@@ -109,18 +91,9 @@ def test_without_append_eod_and_with_another_key(tmp_path: Path) -> None:
 def test_an_end_of_document_spelled_out_in_a_text_is_counted(tmp_path: Path, hf_model: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(["one<|endoftext|>two", "three"]))
-    summary = preprocess([str(path)], str(tmp_path / "out"), Job("HFTokenizer", hf_model, append_eod=True))
+    job = Job("HFTokenizer", hf_model, append_eod=True)
+    summary = preprocess([str(path)], str(tmp_path / "out"), job).datasets[0]
     assert (summary["documents"], summary["eod_inside_text"]) == (2, 1)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_line_leaves_no_files(tmp_path: Path, inputs: str, workers: int) -> None:
-    (tmp_path / "in-x.jsonl").write_bytes(json_lines(["good"]) + b"{broken\n")
-    before = names(tmp_path)
-    with pytest.raises(UserError, match=r"in-x\.jsonl:2: malformed JSON") as caught:
-        preprocess([inputs], str(tmp_path / "out"), BYTES, workers=workers)
-    assert caught.value.exit_code == 1
-    assert names(tmp_path) == before
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
@@ -141,10 +114,10 @@ def test_existing_outputs_are_kept_unless_told(tmp_path: Path, inputs: str) -> N
     assert caught.value.exit_code == 2
     other.write_bytes(b"{broken")
     with pytest.raises(UserError, match="malformed"):
-        preprocess([str(other)], str(tmp_path / "out"), BYTES, overwrite=True)
+        preprocess([str(other)], str(tmp_path / "out"), BYTES, Options(overwrite=True))
     assert output_bytes(tmp_path / "out") == old
     other.write_bytes(json_lines(["other"]))
-    preprocess([str(other)], str(tmp_path / "out"), BYTES, overwrite=True)
+    preprocess([str(other)], str(tmp_path / "out"), BYTES, Options(overwrite=True))
     assert TokenFile(str(tmp_path / "out_text_document")).tokens == len("other") + 1
 
 
@@ -179,11 +152,3 @@ def test_a_full_disk_is_one_line_and_leaves_no_files(tmp_path: Path, inputs: str
     assert failed.stderr.splitlines()[-1].startswith("error: cannot write")
     assert "Traceback" not in failed.stderr
     assert names(tmp_path) == before
-
-
-def test_starts_without_torch_or_transformers() -> None:
-    code = (
-        "import sys, megatron_tokenformer.data.preprocess;print({'torch', 'transformers'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "set()\n"

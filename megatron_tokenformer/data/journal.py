@@ -1,0 +1,131 @@
+"""The journal of a preprocessing run, by which a killed one goes on: which inputs its outputs hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_tokenformer.data.indexed import TokenFileWriter
+from megatron_tokenformer.errors import UserError
+
+_VERSION = 1
+_SECONDS_BETWEEN = 2.0
+
+
+@dataclass
+class Counts:
+    """What is in one output so far."""
+
+    prefix: str
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    empty_texts: int = 0
+    eod_inside_text: int = 0
+
+
+@dataclass
+class Done:
+    """What a run has done, at the end of an input file."""
+
+    inputs: list[list[Any]] = field(default_factory=list)
+    """path, bytes and time stamp of each finished file"""
+    outputs: dict[str, Counts] = field(default_factory=dict)
+    """by component"""
+    problems: dict[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """The file that keeps what a run has done.
+
+    Args:
+        path: its name; it is there as long as a run is unfinished.
+        settings: what the outputs depend on besides their inputs; a run with others cannot go on.
+    """
+
+    def __init__(self, path: str, settings: dict[str, Any]) -> None:
+        self.path = path
+        self._settings = settings
+        self._written = time.monotonic()
+
+    def read(self, inputs: Sequence[list[Any]], *, restart: bool = False, skipping: bool = True) -> Done:
+        """What an unfinished run has done of the present one; nothing if it was another run.
+
+        The files that such another run has left are removed, and that is told.
+
+        Args:
+            inputs: path, bytes and time stamp of the files to read now; those already read must be the same.
+            restart: begin anew in any case.
+            skipping: whether bad input may have been skipped.
+
+        Raises:
+            UserError: the journal cannot be read, or its run is not dead.
+        """
+        done, settings = self._load()
+        reason = None
+        if restart:
+            reason = "--restart"
+        elif settings != self._settings:
+            changed = [key for key, value in self._settings.items() if settings.get(key) != value]
+            reason = f"it had other settings ({', '.join(changed)})"
+        elif done.inputs != list(inputs[: len(done.inputs)]):
+            reason = "it read other input files, or they have changed"
+        elif done.problems and not skipping:
+            reason = "it skipped bad input, which is now to fail"
+        if reason is None:
+            return done
+        if done.inputs:
+            print(f"note: an unfinished run is dropped, not continued: {reason}", file=sys.stderr)
+        for counts in done.outputs.values():
+            TokenFileWriter(counts.prefix, np.dtype(np.uint16)).discard()
+        self.remove()
+        return Done()
+
+    def _load(self) -> tuple[Done, dict[str, Any]]:
+        """What is in the file, with its settings; nothing done, with our settings, if there is none."""
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                found = json.load(file)
+            outputs = {name: Counts(**counts) for name, counts in found["done"]["outputs"].items()}
+            done = Done(found["done"]["inputs"], outputs, found["done"]["problems"])
+            if found["version"] != _VERSION:
+                raise ValueError("version")
+            return done, found["settings"]
+        except FileNotFoundError:
+            return Done(), self._settings
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}", exit_code=1) from error
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{self.path} is damaged; remove it to begin anew", exit_code=1) from None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a state to go on from."""
+        return os.path.exists(self.path)
+
+    def is_due(self) -> bool:
+        """Whether so much time has passed that writing it is worth its cost."""
+        return time.monotonic() - self._written > _SECONDS_BETWEEN
+
+    def write(self, done: Done) -> None:
+        """Replace the file durably; the outputs must be durable already."""
+        content = {"version": _VERSION, "settings": self._settings, "done": asdict(done)}
+        with open(f"{self.path}.tmp", "w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{self.path}.tmp", self.path)
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove the file: nothing is unfinished."""
+        for path in (f"{self.path}.tmp", self.path):
+            if os.path.exists(path):
+                os.remove(path)
