@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_tokenformer.data.fast_tokenizer import FastTokenizer, choose_backend
-from megatron_tokenformer.data.indexed import TokenFileWriter, pair_paths, token_dtype
+from megatron_tokenformer.data.indexed import TokenFileWriter, token_dtype
+from megatron_tokenformer.data.pair import pair_paths
 from megatron_tokenformer.data.readers import Chunk, expand_inputs, parse_texts, read_chunks, sample_texts
 from megatron_tokenformer.data.sidecar import SidecarWriter, sidecar_path
 from megatron_tokenformer.data.tokenizers import Tokenizer, load_tokenizer
