@@ -17,11 +17,13 @@ class UserError(Exception):
     Args:
         message: what is wrong, where, and if possible what to do; one line.
         exit_code: 2 for wrong usage or configuration, 1 for a failure of the run (bad data, a full disk).
+        everywhere: every rank of the run ends with this error, so that one need tell it.
     """
 
-    def __init__(self, message: str, exit_code: int = 2) -> None:
+    def __init__(self, message: str, exit_code: int = 2, everywhere: bool = False) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.everywhere = everywhere
 
 
 def in_words(error: Exception) -> UserError:

@@ -138,6 +138,13 @@ def corrupt_manifest(folder: Path) -> None:
         path.write_text(path.read_text()[:-40])
 
 
+def cut_tokens(folder: Path) -> None:
+    tokens = folder / "toy_text_document.bin"
+    content = tokens.read_bytes()
+    tokens.unlink()  # a link to what other tests read
+    tokens.write_bytes(content[:-2])
+
+
 @pytest.mark.parametrize(
     "command, harm, code, words",
     [
@@ -145,6 +152,7 @@ def corrupt_manifest(folder: Path) -> None:
         (pretrain("model.tokens.qkv=15", "parallel.tensor=2"), leave, 2, "model.tokens.qkv=16 would work"),
         (pretrain("parallel.tensor=2"), leave, 2, "does not divide the 1 processes of this run"),
         (pretrain("data.train=nowhere"), leave, 2, "no data at 'nowhere'"),
+        (pretrain("data.train=toy_text_document"), cut_tokens, 1, "toy_text_document is damaged: "),
         (
             pretrain("model.tokens.ffn=64"),
             leave,

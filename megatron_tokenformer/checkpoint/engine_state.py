@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from megatron_tokenformer.checkpoint.manifest import (
 from megatron_tokenformer.checkpoint.shards import IntervalReader, write_shard
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters
-from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.parallel.layout import Layout, on_all_ranks
 
 Result = TypeVar("Result")
 
@@ -102,8 +101,8 @@ def save(module: nn.Module, zero: Any, layout: Layout, folder: Path, manifest: M
         UserError: a rank could not write; the checkpoint is then not there on any.
     """
     temporary = folder / store.temporary_name(manifest.step)
-    _all_or_none(manifest.step, lambda: store.make_empty(temporary) if layout.is_main else None)
-    everyone = _all_or_none(manifest.step, lambda: _write_own_shard(module, zero, layout, temporary))
+    all_or_none(manifest.step, lambda: store.make_empty(temporary) if layout.is_main else None)
+    everyone = all_or_none(manifest.step, lambda: _write_own_shard(module, zero, layout, temporary))
     complete = replace(
         manifest,
         shards=[shard for shard in everyone if shard],
@@ -111,23 +110,21 @@ def save(module: nn.Module, zero: Any, layout: Layout, folder: Path, manifest: M
         adam_step=int(adam_state(zero)["step"]),
         loss_scaler=_loss_scaler_state(zero),
     )
-    _all_or_none(manifest.step, lambda: store.publish(temporary, complete) if layout.is_main else None)
+    all_or_none(manifest.step, lambda: store.publish(temporary, complete) if layout.is_main else None)
     return folder / store.step_name(manifest.step)
 
 
-def _all_or_none(step: int, write: Callable[[], Result]) -> list[Result]:
-    """Run a rank's part of a save and gather the results; if one rank cannot write, all ranks learn why."""
-    mine: tuple[Result | None, str | None]
+def all_or_none(step: int, act: Callable[[], Result]) -> list[Result]:
+    """Run a rank's part of a save and gather the results.
+
+    Raises:
+        UserError: a rank could not do its part; on every rank.
+    """
     try:
-        mine = write(), None
-    except OSError as error:
-        mine = None, f"rank {dist.get_rank()}: {error.filename or ''} {error.strerror}"
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    failed = [reason for _, reason in everyone if reason]
-    if failed:
-        raise UserError(f"checkpoint of step {step} not written: {'; '.join(failed)}", exit_code=1)
-    return [result for result, _ in everyone]
+        return on_all_ranks(act)
+    except UserError as error:
+        why = f"checkpoint of step {step} not written: {error}"
+        raise UserError(why, error.exit_code, error.everywhere) from None
 
 
 def _write_own_shard(module: nn.Module, zero: Any, layout: Layout, folder: Path) -> Shard | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_tokenformer.data.provenance import TokenizerRecord
 from megatron_tokenformer.errors import UserError
 
 FORMAT_VERSION = 1
@@ -80,6 +81,10 @@ class Manifest:
     """the sizes of the layout that wrote it; for the reader's interest only"""
     history: list[dict[str, Any]] = field(default_factory=list)
     """one entry per growth"""
+    tokenizer: TokenizerRecord | None = None
+    """what made the data; None if no description told"""
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """ids in each training source, by prefix"""
     version: int = FORMAT_VERSION
 
     def locate(self, wanted: Interval) -> list[tuple[Shard, Interval]]:

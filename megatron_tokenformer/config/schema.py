@@ -92,6 +92,7 @@ class Tokenizer(Section):
 
     type: Literal["HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer"] = "HFTokenizer"
     model: str | None = None
+    """its file; where that is there, its hash must be that of the data's tokenizer"""
 
 
 class Data(Section):

@@ -6,8 +6,6 @@ nothing is built or cached, and no layout or length of a run changes what is at 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,17 +13,28 @@ import numpy as np
 import torch
 
 from megatron_tokenformer.data.indexed import TokenFile
-from megatron_tokenformer.data.order import BlendTable, permute
+from megatron_tokenformer.data.order import BLOCK, BlendTable, permute
+from megatron_tokenformer.data.pair import Identity, identify
+from megatron_tokenformer.data.provenance import TokenizerRecord, tokenizer_of
 from megatron_tokenformer.errors import UserError
 
 
 class SourceInfo(NamedTuple):
-    """One source of a blend, for a table: its name, its share of the samples, its windows and tokens."""
+    """One source of a blend.
+
+    Attributes:
+        prefix: its name.
+        weight: its share of the samples.
+        windows: samples in one epoch of it.
+        tokens: ids in it.
+        tokenizer: what made it; None if no description tells.
+    """
 
     prefix: str
     weight: float
     windows: int
     tokens: int
+    tokenizer: TokenizerRecord | None
 
 
 class TokenWindows:
@@ -66,10 +75,15 @@ class Blend:
         self._windows = list(windows)
         self._seed = seed
         self._table = BlendTable(weights)
-        total = sum(weights)
         self.sources = [
-            SourceInfo(source.file.prefix, weight / total, len(source), source.file.tokens)
-            for source, weight in zip(windows, weights, strict=True)
+            SourceInfo(
+                source.file.prefix,
+                count / BLOCK,
+                len(source),
+                source.file.tokens,
+                tokenizer_of(source.file.pair.sidecar),
+            )
+            for source, count in zip(windows, self._table.counts, strict=True)
         ]
 
     def __getitem__(self, position: int) -> np.ndarray:
@@ -83,21 +97,31 @@ class Blend:
         """Refuse sources whose tokenizer has more ids than the model, as far as their ``.json`` tells.
 
         Raises:
-            UserError: names the source and both sizes, or a ``.json`` that cannot be read.
+            UserError: names the source and both sizes.
         """
         for source in self.sources:
-            path = f"{source.prefix}.json"
-            if not os.path.isfile(path):
-                continue
-            try:
-                with open(path, encoding="utf-8") as file:
-                    ids = json.load(file)["tokenizer"]["vocab_size"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} is damaged; remove it to train without this check") from error
-            if ids > vocab_size:
+            if source.tokenizer is not None and source.tokenizer.vocab_size > vocab_size:
                 raise UserError(
-                    f"{source.prefix} has {ids} token ids, but the model's vocab_size is {vocab_size}"
+                    f"{source.prefix} has {source.tokenizer.vocab_size} token ids, "
+                    f"but the model's vocab_size is {vocab_size}"
                 )
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with sources that are no longer what was opened.
+
+        Raises:
+            UserError: a file was replaced, rewritten or removed (exit code 1).
+        """
+        for source in self._windows:
+            source.file.pair.check_unchanged()
+
+    def identities(self) -> dict[str, Identity]:
+        """What tells each source from another copy that differs, by prefix; reads 256 KiB of each.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return {source.file.prefix: identify(source.file.pair) for source in self._windows}
 
 
 def open_blend(sources: Sequence[tuple[float, str]], sequence_length: int, seed: int) -> Blend:

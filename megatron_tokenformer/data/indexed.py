@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_tokenformer.data.index_layout import CODES, HEADER, MAGIC, document_lengths, parts, read_index
+from megatron_tokenformer.data.index_layout import CODES, HEADER, MAGIC, document_lengths, parts
+from megatron_tokenformer.data.pair import open_pair, pair_paths
 from megatron_tokenformer.errors import UserError
 
 _PART = 1 << 20
@@ -25,11 +26,6 @@ _PART = 1 << 20
 def token_dtype(vocab_size: int) -> np.dtype:
     """The type that Megatron stores the ids of a vocabulary in: uint16 below 65,500, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
-
-
-def pair_paths(prefix: str) -> tuple[str, str]:
-    """The names of the two files of ``prefix``: ``.bin``, ``.idx``."""
-    return f"{prefix}.bin", f"{prefix}.idx"
 
 
 class TokenFileWriter:
@@ -224,35 +220,30 @@ class TokenFileWriter:
 
 
 class TokenFile:
-    """A pair, opened for reading in constant time: the header, one stat of each file, and the last document.
+    """A pair, opened for reading in constant time, and checked as far as that goes (``pair.open_pair``).
 
     Attributes:
         prefix: the pair's name without ``.bin``.
-        tokens: ids in the whole stream.
-        documents: documents in it.
-        dtype: the type of the ids on disk.
+        pair: its index, description, and what tells whether it was changed since.
         index: where the documents lie.
+        dtype: the type of the ids on disk.
+        documents: documents in it.
+        tokens: ids in the whole stream.
 
     Raises:
-        UserError: a file is missing, is of another kind, or the two do not belong together.
+        UserError: a file is missing (exit code 2), cannot be read, or they contradict each other (1).
     """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        bin_path, idx_path = require_pair(prefix)
-        try:
-            self.index = read_index(idx_path)
-            needed, size = self.index.token_bytes(), os.stat(bin_path).st_size
-            self._stream = _map_tokens(bin_path, self.index.dtype)
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename or prefix}: {error.strerror}") from error
-        self.dtype = self._stream.dtype
+        self.pair = open_pair(prefix)
+        self.index, self.dtype = self.pair.index, self.pair.index.dtype
         self.documents = self.index.documents
-        if size != needed:
-            raise UserError(
-                f"{bin_path} has {size} bytes, but its index {idx_path} describes {needed}: "
-                "the file is cut short, still being written, or belongs to another index"
-            )
+        bin_path = pair_paths(prefix)[0]
+        try:
+            self._stream = _map_tokens(bin_path, self.dtype)
+        except OSError as error:
+            raise UserError(f"cannot read {bin_path}: {error.strerror}", exit_code=1) from error
         self.tokens = self._stream.size
 
     def window(self, start: int, length: int) -> np.ndarray:
@@ -281,18 +272,6 @@ class TokenFile:
         return np.concatenate(found)[:count]
 
 
-def require_pair(prefix: str) -> tuple[str, str]:
-    """The names of the two files of ``prefix``, which exist.
-
-    Raises:
-        UserError: one is missing; with a guess at what was meant.
-    """
-    for path in pair_paths(prefix):
-        if not os.path.isfile(path):
-            raise UserError(f"no data at {prefix!r}: {path} is missing{_hint(prefix)}")
-    return pair_paths(prefix)
-
-
 def _map_tokens(path: str, dtype: np.dtype) -> np.ndarray:
     if os.path.getsize(path) == 0:
         return np.empty(0, dtype=dtype)
@@ -301,15 +280,7 @@ def _map_tokens(path: str, dtype: np.dtype) -> np.ndarray:
     if hasattr(mmap, "MADV_RANDOM"):
         # Windows are read in a shuffled order: read-ahead would fetch megabytes for each few kilobytes.
         mapped.madvise(mmap.MADV_RANDOM)
-    # A size that is no whole number of tokens is for the caller to refuse, in words.
     return np.frombuffer(mapped, dtype=dtype, count=len(mapped) // dtype.itemsize)
-
-
-def _hint(prefix: str) -> str:
-    for guess in (f"{prefix}_text_document", prefix.removesuffix(".bin"), prefix.removesuffix(".idx")):
-        if guess != prefix and os.path.isfile(f"{guess}.idx"):
-            return f"; did you mean {guess!r}?"
-    return ""
 
 
 def _lock(file: BinaryIO, path: str) -> bool:

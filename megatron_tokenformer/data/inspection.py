@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_tokenformer.data.index_layout import HEADER, Index, document_lengths, parts, read_index
-from megatron_tokenformer.data.indexed import require_pair
 from megatron_tokenformer.data.lengths import LengthCounts
+from megatron_tokenformer.data.pair import require_pair
 from megatron_tokenformer.data.sidecar import read_sidecar, sidecar_path
 from megatron_tokenformer.errors import UserError
 

@@ -5,26 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_tokenformer.data.index_layout import Index, parts, read_index
-from megatron_tokenformer.data.indexed import TokenFileWriter, pair_paths, require_pair
-from megatron_tokenformer.data.sidecar import SidecarWriter, merge_sidecars, read_sidecar, sidecar_path
+from megatron_tokenformer.data.index_layout import parts
+from megatron_tokenformer.data.indexed import TokenFileWriter
+from megatron_tokenformer.data.pair import Pair, open_pair, pair_paths, require_pair
+from megatron_tokenformer.data.provenance import one_tokenizer, tokenizer_of
+from megatron_tokenformer.data.sidecar import SidecarWriter, merge_sidecars, sidecar_path
 from megatron_tokenformer.errors import UserError
 
 _BLOCK_BYTES = 4 << 20
-
-
-class Part(NamedTuple):
-    """One dataset to be joined: its name, index, size of the ``.bin``, description if it has one."""
-
-    prefix: str
-    index: Index
-    token_bytes: int
-    sidecar: dict[str, Any] | None
 
 
 class Merged(NamedTuple):
@@ -52,7 +45,7 @@ def merge_datasets(
             (exit code 2); a damaged part, a full disk (1). Nothing new is then left under the final names.
     """
     _check_names(inputs, output_prefix, overwrite)
-    found = [open_part(prefix) for prefix in inputs]
+    found = [open_pair(prefix) for prefix in inputs]
     for other in found[1:]:
         _check_fit(found[0], other)
     sidecars = [part.sidecar for part in found if part.sidecar is not None]
@@ -78,31 +71,6 @@ def merge_datasets(
     return Merged(output_prefix, writer.documents, writer.tokens, bool(sidecars))
 
 
-def open_part(prefix: str) -> Part:
-    """Open one input, and hold index, tokens and description against each other.
-
-    Raises:
-        UserError: missing, damaged, or described by a ``.json`` of other data.
-    """
-    bin_path, idx_path = require_pair(prefix)
-    try:
-        index = read_index(idx_path)
-        size, needed = os.stat(bin_path).st_size, index.token_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or prefix}: {error.strerror}", exit_code=1) from error
-    if size != needed:
-        raise UserError(f"{bin_path} has {size} bytes, but {idx_path} describes {needed}", exit_code=1)
-    sidecar = read_sidecar(prefix)
-    counts = {"documents": index.documents, "tokens": size // index.dtype.itemsize}
-    for name, count in counts.items():
-        if sidecar is not None and sidecar[name] != count:
-            raise UserError(
-                f"{sidecar_path(prefix)} describes other data: {sidecar[name]} {name}, the pair has {count}",
-                exit_code=1,
-            )
-    return Part(prefix, index, size, sidecar)
-
-
 def _check_names(inputs: Sequence[str], output: str, overwrite: bool) -> None:
     if not inputs:
         raise UserError("nothing to merge: give at least one input prefix")
@@ -124,7 +92,7 @@ def _check_names(inputs: Sequence[str], output: str, overwrite: bool) -> None:
             raise UserError(f"{path} already exists; use --overwrite to replace it")
 
 
-def _check_fit(first: Part, other: Part) -> None:
+def _check_fit(first: Pair, other: Pair) -> None:
     """Refuse two parts that one pass could not have written."""
     if first.index.dtype != other.index.dtype:
         raise UserError(
@@ -138,22 +106,13 @@ def _check_fit(first: Part, other: Part) -> None:
         )
     if first.sidecar is None or other.sidecar is None:
         return
-    one, two = first.sidecar["tokenizer"], other.sidecar["tokenizer"]
-    if one["fingerprint"] != two["fingerprint"]:
-        raise UserError(
-            f"tokenizers differ: {first.prefix} has {_tokenizer_name(one)}, "
-            f"{other.prefix} has {_tokenizer_name(two)}"
-        )
+    one_tokenizer((pair.prefix, tokenizer_of(pair.sidecar)) for pair in (first, other))
     if first.sidecar.get("append_eod") != other.sidecar.get("append_eod"):
         ended, bare = (first, other) if first.sidecar.get("append_eod") else (other, first)
         raise UserError(f"{ended.prefix} was made with --append-eod, {bare.prefix} without")
 
 
-def _tokenizer_name(tokenizer: dict[str, Any]) -> str:
-    return f"{tokenizer.get('model') or tokenizer['type']} (hash {str(tokenizer['fingerprint'])[:12]})"
-
-
-def _append(writer: TokenFileWriter, part: Part, report: Callable[[int], object]) -> None:
+def _append(writer: TokenFileWriter, part: Pair, report: Callable[[int], object]) -> None:
     """Copy one part, telling ``report`` the bytes done.
 
     Raises:
@@ -184,7 +143,7 @@ def _append(writer: TokenFileWriter, part: Part, report: Callable[[int], object]
         )
 
 
-def _token_blocks(part: Part) -> Iterator[np.ndarray]:
+def _token_blocks(part: Pair) -> Iterator[np.ndarray]:
     with open(pair_paths(part.prefix)[0], "rb") as file:
         count = _BLOCK_BYTES // part.index.dtype.itemsize
         while (block := np.fromfile(file, part.index.dtype, count)).size:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron_tokenformer.data.encode import Encoded, Part
-from megatron_tokenformer.data.indexed import TokenFileWriter, pair_paths
+from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.data.journal import Counts, Done, Journal
+from megatron_tokenformer.data.pair import pair_paths
 from megatron_tokenformer.data.problems import Tally
 from megatron_tokenformer.data.sidecar import SidecarWriter, sidecar_path
 from megatron_tokenformer.errors import UserError

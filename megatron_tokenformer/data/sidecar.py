@@ -28,6 +28,9 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
         counts = found["documents"], found["tokens"], tokenizer["vocab_size"]
         names = tokenizer["type"], tokenizer["fingerprint"]
         complete = all(isinstance(n, int) for n in counts) and all(isinstance(name, str) for name in names)
+        # A tokenizer without a file has no model.
+        complete = complete and isinstance(tokenizer.get("model"), str | None)
+        complete = complete and isinstance(tokenizer.get("eod_id"), int | None)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -125,7 +125,7 @@ class HFTokenizer:
             raise UserError(f"{model!r} has no end-of-document token ({', '.join(END_OF_DOCUMENT_NAMES)})")
         self.eod_id: int = found[0]
         self.vocab_size = max(vocabulary.values()) + 1
-        self.fingerprint = _file_hash(model)
+        self.fingerprint = file_hash(model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HFTokenizer, (self.model,)
@@ -158,7 +158,7 @@ class SentencePieceTokenizer:
         if self.eod_id < 0:
             raise UserError(f"{model!r} has no end-of-sentence piece, which is needed to end documents")
         self.vocab_size: int = self._backend.get_piece_size()
-        self.fingerprint = _file_hash(model)
+        self.fingerprint = file_hash(model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SentencePieceTokenizer, (self.model,)
@@ -181,7 +181,8 @@ def _flat(rows: list[list[int]]) -> FlatIds:
     return FlatIds(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths)
 
 
-def _file_hash(path: str) -> str:
+def file_hash(path: str) -> str:
+    """SHA-256 (hex) of a model file, its tokenizer's fingerprint."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
 

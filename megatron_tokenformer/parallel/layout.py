@@ -6,6 +6,7 @@ makes the tensor-parallel group (its cross entropy needs it); DeepSpeed's topolo
 
 from __future__ import annotations
 
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,9 @@ from megatron_tokenformer.parallel.environment import Processes, free_port
 from megatron_tokenformer.quiet import quiet_start
 
 Result = TypeVar("Result")
+
+TOLD_RANKS = 3
+"""of the ranks that fail together, so many tell why"""
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,33 @@ def from_main_rank(decide: Callable[[], Result]) -> Result:
         try:
             answer[0] = decide()
         except UserError as error:
+            error.everywhere = True
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]  # type: ignore[no-any-return]
+
+
+def on_all_ranks(act: Callable[[], Result]) -> list[Result]:
+    """Let every rank do something and gather the results in order; if one cannot, all ranks learn why.
+
+    Raises:
+        UserError: names the ranks that could not and their hosts, on every rank.
+    """
+    mine: tuple[Result | None, str | None]
+    try:
+        mine = act(), None
+    except (UserError, OSError) as error:
+        why = f"{error.filename or ''} {error.strerror}" if isinstance(error, OSError) else error
+        mine = None, f"rank {dist.get_rank()} on {socket.gethostname()}: {why}"
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    failed = [reason for _, reason in everyone if reason]
+    if failed:
+        more = f"; and {len(failed) - TOLD_RANKS} more ranks" if len(failed) > TOLD_RANKS else ""
+        raise UserError("; ".join(failed[:TOLD_RANKS]) + more, exit_code=1, everywhere=True)
+    return [result for result, _ in everyone]
 
 
 def limit_grid_timeouts(grid: object, timeout: timedelta) -> None:

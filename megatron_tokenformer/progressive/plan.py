@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_tokenformer.config.growth import Growth, check_growth
 from megatron_tokenformer.config.load import Tree, merge, parse_override, read_yaml, validate
 from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.data.provenance import TokenizerRecord, one_tokenizer, read_tokenizer
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.progressive.schema import Launch, Schedule, StageConfig
 
@@ -73,7 +74,8 @@ def load_plan(path: str | Path, overrides: list[str] | None = None) -> Plan:
     stage's name: `stages.small.config.training.steps=10`.
 
     Raises:
-        UserError: anything that would stop a stage later: keys, layouts, a growth that is none.
+        UserError: anything that would stop a stage later: keys, layouts, a growth that is none, data of
+            different tokenizers, as far as their descriptions are here already.
     """
     path = Path(path)
     tree = read_yaml(path)
@@ -84,6 +86,8 @@ def load_plan(path: str | Path, overrides: list[str] | None = None) -> Plan:
     for wanted in schedule.stages:
         with _naming(f"{path}, stage '{wanted.name}'"):
             stages.append(_resolve(schedule, wanted, path, stages[-1] if stages else None))
+    with _naming(str(path)):
+        one_tokenizer(_tokenizers(stages))
     return Plan(Path(schedule.run_dir), schedule.launch, stages)
 
 
@@ -131,6 +135,12 @@ def _resolve(schedule: Schedule, wanted: StageConfig, path: Path, previous: Stag
         check_growth(previous.config.model, config.model, stage.growth)
     merge(tree, {"checkpoint": {"load": str(stage.grown)}})
     return replace(stage, config=validate(RunConfig, tree, "config"))
+
+
+def _tokenizers(stages: list[Stage]) -> Iterator[tuple[str, TokenizerRecord | None]]:
+    for stage in stages:
+        for _, prefix in (*stage.config.data.train, *stage.config.data.validation):
+            yield prefix, read_tokenizer(prefix)
 
 
 @contextmanager

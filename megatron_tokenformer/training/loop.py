@@ -121,7 +121,12 @@ def log_step(run: Run, seconds: float) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of this moment and delete those that are no longer kept."""
+    """Write a checkpoint of this moment and delete those that are no longer kept.
+
+    Raises:
+        UserError: a rank could not write, or its data are no longer those that its position is in.
+    """
+    engine_state.all_or_none(run.progress.step, run.training_data.check_unchanged)
     zero, module = run.engine.deepspeed.optimizer, run.engine.deepspeed.module
     manifest = run.progress.manifest(run.config, run.layout)
     path = engine_state.save(module, zero, run.layout, run.folder, manifest)

@@ -60,12 +60,12 @@ def pretrain(config: RunConfig) -> None:
 
 
 def _tell(error: UserError) -> int:
-    """Say a mistake in the configuration once, and a failure of the run with the rank that it struck."""
+    """Say once what every rank ends with, and a failure of one rank with its number."""
     rank, world_size = 0, 1
     with contextlib.suppress(UserError):
         here = find_processes()
         rank, world_size = here.rank, here.world_size
-    if error.exit_code == 1 and world_size > 1:
+    if error.exit_code == 1 and world_size > 1 and not error.everywhere:
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
     elif rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)

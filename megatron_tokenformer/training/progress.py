@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.data.provenance import TokenizerRecord
 from megatron_tokenformer.model.language_model import full_shapes
 from megatron_tokenformer.model.tau import Taus, initial_taus, taus_from_json, taus_to_json
 from megatron_tokenformer.parallel.layout import Layout
@@ -28,6 +29,10 @@ class Progress:
     loss: float | None = None
     val_loss: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    tokenizer: TokenizerRecord | None = None
+    """what made the data that was seen, as far as a description ever told"""
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """ids in each training source, by prefix"""
 
     @classmethod
     def fresh(cls, config: RunConfig) -> Progress:
@@ -46,6 +51,8 @@ class Progress:
             loss=manifest.loss,
             val_loss=manifest.val_loss,
             history=list(manifest.history),
+            tokenizer=manifest.tokenizer,
+            source_tokens=dict(manifest.source_tokens),
         )
 
     def manifest(self, config: RunConfig, layout: Layout) -> Manifest:
@@ -69,4 +76,6 @@ class Progress:
             val_loss=self.val_loss,
             layout=sizes,
             history=self.history,
+            tokenizer=self.tokenizer,
+            source_tokens=self.source_tokens,
         )

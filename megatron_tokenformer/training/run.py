@@ -9,15 +9,21 @@ from pathlib import Path
 
 from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
-from megatron_tokenformer.config.load import dump_config
 from megatron_tokenformer.config.schema import Model, RunConfig, check_world
-from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.data.batches import Blend, open_blend
+from megatron_tokenformer.data.pair import Identity
+from megatron_tokenformer.data.provenance import (
+    TokenizerRecord,
+    check_configured,
+    check_continued,
+    one_tokenizer,
+)
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import full_shapes
-from megatron_tokenformer.parallel.layout import Layout, from_main_rank
+from megatron_tokenformer.parallel.layout import Layout, from_main_rank, on_all_ranks
+from megatron_tokenformer.training.announce import announce
 from megatron_tokenformer.training.engine import Engine, build_engine
-from megatron_tokenformer.training.metrics import FINISHED, MetricsLog
+from megatron_tokenformer.training.metrics import MetricsLog
 from megatron_tokenformer.training.progress import Progress
 
 
@@ -54,10 +60,13 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     """
     accumulation = check_world(config, layout.processes.world_size)
     training_data, validation_data = _open_data_everywhere(config)
+    tokenizer = common_tokenizer(training_data, validation_data)
     # One rank decides for all: on a network file system each may see another newest checkpoint.
-    path = from_main_rank(lambda: find_restore_point(config))
+    path = from_main_rank(lambda: find_restore_point(config, tokenizer))
     restored = (path, read_manifest(path)) if path else None
     progress = Progress.from_manifest(restored[1]) if restored else Progress.fresh(config)
+    progress.tokenizer = tokenizer or progress.tokenizer
+    progress.source_tokens = {source.prefix: source.tokens for source in training_data.sources}
     steps, done = config.training.steps, progress.step
     if done > steps:
         raise UserError(
@@ -75,7 +84,11 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
 
 
 def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
-    """The training and validation blends, checked against the model's vocabulary."""
+    """The training and validation blends, of one tokenizer whose ids the model and the config know.
+
+    Raises:
+        UserError: data are missing (exit code 2), do not fit the config or each other (2), are damaged (1).
+    """
     if not config.data.train:
         raise UserError("data.train is empty; give the prefix of a preprocessed dataset, data.train=PREFIX")
     length, seed = config.data.sequence_length, config.training.seed
@@ -83,21 +96,39 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     validation = open_blend(config.data.validation, length, seed) if config.data.validation else None
     for blend in filter(None, (training, validation)):
         blend.check_vocabulary(config.model.vocab_size)
+    made_with, configured = common_tokenizer(training, validation), config.data.tokenizer
+    if made_with is not None and configured is not None:
+        check_configured(configured.type, configured.model, made_with)
     return training, validation
 
 
-def find_restore_point(config: RunConfig) -> Path | None:
-    """The run's own newest checkpoint, else the one to load, else None.
+def common_tokenizer(training: Blend, validation: Blend | None) -> TokenizerRecord | None:
+    """The tokenizer that made all data of a run; None if no description tells.
 
     Raises:
-        UserError: there is none where one was asked for, or it is of another model.
+        UserError: two sources differ.
+    """
+    sources = [*training.sources, *(validation.sources if validation is not None else [])]
+    return one_tokenizer((source.prefix, source.tokenizer) for source in sources)
+
+
+def find_restore_point(config: RunConfig, tokenizer: TokenizerRecord | None) -> Path | None:
+    """The run's own newest checkpoint, else the one to load, else None.
+
+    Args:
+        tokenizer: what made the data that the run would go on with; None if unknown.
+
+    Raises:
+        UserError: there is none where one was asked for, or it is of another model or tokenizer.
     """
     path = store.newest_good(checkpoint_folder(config))
     if path is None and config.checkpoint.load is not None:
         path = store.find_checkpoint(config.checkpoint.load)
     if path is None:
         return None
-    check_model(path, read_manifest(path), config.model)
+    manifest = read_manifest(path)
+    check_model(path, manifest, config.model)
+    check_continued(path, manifest.tokenizer, tokenizer)
     return path
 
 
@@ -121,48 +152,39 @@ def check_model(path: Path, manifest: Manifest, model: Model) -> None:
 
 
 def _open_data_everywhere(config: RunConfig) -> tuple[Blend, Blend | None]:
-    """Open the data on every rank; a mistake that all make is told once, one rank's own by that rank."""
-    from_main_rank(lambda: open_data(config) and None)
-    try:
-        return open_data(config)
-    except UserError as error:
-        raise UserError(str(error), exit_code=1) from None
+    """Open the data on every rank, and see that all read the same: nodes may have copies of their own.
+
+    Raises:
+        UserError: the main rank's mistake, which is likely everyone's, or names the ranks that differ.
+    """
+    expected = from_main_rank(lambda: _identities(*open_data(config)))
+    opened: list[tuple[Blend, Blend | None]] = []
+
+    def open_here() -> None:
+        blends = open_data(config)
+        check_same(_identities(*blends), expected)
+        opened.append(blends)
+
+    on_all_ranks(open_here)
+    return opened[0]
 
 
-def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
-    """Say what runs, on what, from where; and keep the resolved config beside the results."""
-    if not run.layout.is_main:
-        return
-    config, progress = run.config, run.progress
-    (Path(config.run_dir) / FINISHED).unlink(missing_ok=True)
-    store.replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
-    tokens = config.model.tokens
-    run.log.say(
-        f"{parameter_count(config.model):,} parameters ({tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per "
-        f"layer), {run.engine.precision}; {run.layout}"
-    )
-    if restored:
-        path, manifest = restored
-        run.log.say(f"from {path} at step {progress.step}, {progress.tokens:,} tokens seen")
-        for change in order_changes(manifest, config):
-            run.log.say(f"note: {change}, so samples come in another order than the ones seen so far")
-    needed = config.training.steps * config.training.global_batch_size
-    for source in run.training_data.sources:
-        epochs = needed * source.weight / source.windows
-        run.log.say(f"data {source.prefix}: {source.tokens:,} tokens, {epochs:.2f} epochs in this run")
-    if run.validation_data is not None:
-        samples = config.training.eval_steps * config.training.global_batch_size
-        windows = sum(source.windows for source in run.validation_data.sources)
-        if samples > windows:
-            run.log.say(f"note: an evaluation takes {samples} samples, some twice: there are {windows}")
+def _identities(training: Blend, validation: Blend | None) -> dict[str, Identity]:
+    return training.identities() | (validation.identities() if validation is not None else {})
 
 
-def order_changes(manifest: Manifest, config: RunConfig) -> list[str]:
-    """What differs from the checkpoint's run among the things that the order of samples depends on."""
-    now = config.model_dump(mode="json")
-    changes = []
-    for section, key in (("training", "seed"), ("data", "sequence_length"), ("data", "train")):
-        before, after = manifest.config.get(section, {}).get(key), now[section][key]
-        if before != after:
-            changes.append(f"{section}.{key} was {before} and is {after}")
-    return changes
+def check_same(here: dict[str, Identity], expected: dict[str, Identity]) -> None:
+    """Refuse data that differ from the main rank's.
+
+    Raises:
+        UserError: names the first source that differs.
+    """
+    for prefix, mine in here.items():
+        main = expected.get(prefix)
+        if main is None:
+            raise UserError(f"{prefix} is read here, but not by the main rank; give all ranks one config")
+        if mine != main:
+            raise UserError(
+                f"{prefix} is other data than on the main rank ({mine.tokens:,} tokens in {mine.documents:,} "
+                f"documents here, {main.tokens:,} in {main.documents:,} there); copy the same files to all"
+            )

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tokenformer.data import index_layout, indexed
+from megatron_tokenformer.data import index_layout, indexed, pair
 from megatron_tokenformer.data.indexed import TokenFile, TokenFileWriter, token_dtype
 from megatron_tokenformer.errors import UserError
 
@@ -224,7 +224,7 @@ def test_an_unreadable_pair_is_refused_in_words(tmp_path: Path, monkeypatch: pyt
 
     prefix = write(tmp_path / "a", [[1]])
     # By hand, for the superuser that runs tests in containers may read everything.
-    monkeypatch.setattr(indexed, "read_index", deny)
+    monkeypatch.setattr(pair, "read_index", deny)
     with pytest.raises(UserError, match=r"cannot read .*a\.idx: Permission denied"):
         TokenFile(prefix)
 

@@ -166,7 +166,8 @@ def test_other_types_and_tokenizers_are_refused(
     tokenizer = json.loads(Path(f"{second}.json").read_text())["tokenizer"]
     edit_json(second, {"tokenizer": tokenizer | {"fingerprint": "0" * 64, "model": "other.json"}})
     message = refuse(tmp_path, [first, second], "tokenizers differ")
-    assert f"{first} has ByteTokenizer" in message and f"{second} has other.json (hash 0000" in message
+    assert f"{first} was made with ByteTokenizer (hash " in message
+    assert f"{second} with other.json (hash 0000" in message
 
 
 def test_missing_and_damaged_parts_are_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
@@ -175,7 +176,7 @@ def test_missing_and_damaged_parts_are_refused(tmp_path: Path, pair: tuple[str, 
     refuse(tmp_path, [first, str(tmp_path / "none")], r"none\.bin is missing")
     refuse(tmp_path, [first, str(tmp_path / "y")], r"did you mean '.*y_text_document'")
     edit_json(second, {"tokens": 1})
-    refuse(tmp_path, [first, second], r"y_text_document\.json describes other data: 1 tokens", 1)
+    refuse(tmp_path, [first, second], r"y_text_document\.json describes other data: it says tokens 1", 1)
     Path(f"{second}.json").write_text("[]")
     refuse(tmp_path, [first, second], r"y_text_document\.json is damaged", 1)
     tokens = Path(f"{second}.bin").read_bytes()
@@ -188,9 +189,7 @@ def test_missing_and_damaged_parts_are_refused(tmp_path: Path, pair: tuple[str, 
     [
         (34, "<i", [7]),  # lengths that add up to more
         (34, "<2i", [-1, 3]),  # a negative one, but the right sum
-        (34 + 36, "<q", [1]),  # boundaries that do not begin at 0
-        (34 + 36 + 8, "<q", [3]),  # that fall
-        (34 + 36 + 24, "<q", [2]),  # that do not reach the end
+        (34 + 36 + 8, "<q", [3]),  # boundaries that fall
     ],
 )
 def test_an_index_that_contradicts_itself_is_found_while_copying(
@@ -228,7 +227,7 @@ def test_a_failure_half_way_keeps_the_old_output(
     before, description = files(old), Path(f"{old}.json").read_bytes()
     everything = names(tmp_path)
 
-    def break_off(part: merging.Part) -> Iterator[np.ndarray]:
+    def break_off(part: merging.Pair) -> Iterator[np.ndarray]:
         yield np.ones(4, np.uint16)
         raise OSError(5, "Input/output error")
 

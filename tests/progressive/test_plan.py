@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.progressive.plan import load_plan
+from tests.descriptions import describe
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -92,6 +95,24 @@ def test_refused_in_words(schedule: Tree, write: Write, edit: Callable[[Tree], N
     with pytest.raises(UserError) as refusal:
         load_plan(write(schedule))
     assert words in str(refusal.value)
+    assert refusal.value.exit_code == 2
+
+
+def test_stages_with_data_of_two_tokenizers_are_refused_before_the_first_starts(
+    schedule: Tree, write: Write, tmp_path: Path
+) -> None:
+    for name, fingerprint in (("one", "a" * 64), ("other", "b" * 64)):
+        with TokenFileWriter(str(tmp_path / name), np.dtype(np.uint16)) as writer:
+            writer.add(np.arange(100), np.array([100]))
+            writer.finish()
+        describe(str(tmp_path / name), fingerprint)
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    schedule["common"]["data"] |= {"train": one, "validation": one}
+    assert len(load_plan(write(schedule)).stages) == 3
+    schedule["stages"][2]["config"]["data"] = {"train": [[1, one], [1, other]]}
+    with pytest.raises(UserError) as refusal:
+        load_plan(write(schedule))
+    assert f"{one} was made with a.json (hash aaaaaaaaaaaa), {other} with b.json" in str(refusal.value)
     assert refusal.value.exit_code == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.announce import order_changes
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.run import check_model, order_changes
+from megatron_tokenformer.training.run import check_model
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 
@@ -49,9 +51,9 @@ def test_another_model_is_refused_even_if_its_shapes_are_the_same(
 def test_what_changes_the_order_of_samples_is_said(finished: Path) -> None:
     manifest = read_manifest(find_checkpoint(finished / "run"))
     same = toy_config(finished, parallel={"tensor": 2}, training={"global_batch_size": 4})
-    assert order_changes(manifest, same) == []
+    assert order_changes(manifest, same, {}) == []
     other = toy_config(finished, data={"sequence_length": 16}, training={"seed": 7})
-    assert order_changes(manifest, other) == [
+    assert order_changes(manifest, other, {}) == [
         "training.seed was 1234 and is 7",
         "data.sequence_length was 32 and is 16",
     ]
@@ -92,7 +94,8 @@ def hide_data_from_rank_1(layout: Layout, config: RunConfig) -> str:
     return "trained"
 
 
-def test_a_mistake_that_only_one_rank_meets_is_told_by_that_rank(tmp_path: Path) -> None:
+def test_a_mistake_that_only_one_rank_meets_is_told_with_that_rank_and_stops_all(tmp_path: Path) -> None:
     config = toy_config(tmp_path, training={"micro_batch_size": 2}, parallel={"timeout_minutes": 0.2})
-    _, second = run_ranks(2, hide_data_from_rank_1, config, timeout_minutes=0.2)
-    assert second.startswith("no data at 'gone'") and second.endswith("(1)"), "1: a failure of this rank"
+    here = f"rank 1 on {socket.gethostname()}: no data at 'gone'"
+    for said in run_ranks(2, hide_data_from_rank_1, config, timeout_minutes=0.2):
+        assert said.startswith(here) and said.endswith("(1)"), "1: a failure of the run"

@@ -1,0 +1,121 @@
+"""What a run says when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tokenformer.checkpoint import store
+from megatron_tokenformer.checkpoint.manifest import Manifest
+from megatron_tokenformer.config.load import dump_config
+from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.data.batches import SourceInfo
+from megatron_tokenformer.training.metrics import FINISHED
+
+if TYPE_CHECKING:
+    from megatron_tokenformer.training.run import Run
+
+# Up to about here repeated data is worth nearly as much as new data (Muennighoff et al., arXiv 2305.16264).
+MANY_EPOCHS = 4
+
+
+def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
+    """Say what runs, on what, from where; and keep the resolved config beside the results."""
+    if not run.layout.is_main:
+        return
+    config, progress = run.config, run.progress
+    (Path(config.run_dir) / FINISHED).unlink(missing_ok=True)
+    store.replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
+    tokens = config.model.tokens
+    run.log.say(
+        f"{parameter_count(config.model):,} parameters ({tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per "
+        f"layer), {run.engine.precision}; {run.layout}"
+    )
+    if restored:
+        path, manifest = restored
+        run.log.say(f"from {path} at step {progress.step}, {progress.tokens:,} tokens seen")
+        for change in order_changes(manifest, config, progress.source_tokens):
+            run.log.say(f"note: {change}, so samples come in another order than the ones seen so far")
+    training, sources = config.training, run.training_data.sources
+    needed = training.steps * training.global_batch_size
+    evaluated = training.eval_steps * training.global_batch_size
+    validation = run.validation_data.sources if run.validation_data is not None else []
+    for line in data_table(sources, needed, config.data.sequence_length):
+        run.log.say(line)
+    for line in data_warnings(sources, validation, needed, evaluated):
+        run.log.say(line)
+
+
+def data_table(sources: Sequence[SourceInfo], samples: int, sequence_length: int) -> list[str]:
+    """A table of what is drawn from each source, and of a blend in all.
+
+    Args:
+        samples: what the whole run draws, resumed parts included.
+        sequence_length: tokens that a sample is trained on.
+    """
+    rows = [("data", "share", "tokens", "drawn in this run", "epochs")]
+    for source in sources:
+        drawn = samples * source.weight
+        rows.append(_row(source.prefix, source.weight, source.tokens, drawn, source.windows, sequence_length))
+    if len(sources) > 1:
+        tokens, windows = (sum(getattr(source, name) for source in sources) for name in ("tokens", "windows"))
+        rows.append(_row("total", 1.0, tokens, samples, windows, sequence_length))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def data_warnings(
+    sources: Sequence[SourceInfo], validation: Sequence[SourceInfo], samples: int, evaluated: int
+) -> list[str]:
+    """What a user should know of the data: much repeated sources, and what cannot be checked.
+
+    Args:
+        samples: what the whole run draws from `sources`.
+        evaluated: what one evaluation draws from `validation`.
+    """
+    lines = []
+    epochs = {source.prefix: samples * source.weight / source.windows for source in sources}
+    many = [f"{prefix} ({times:.1f})" for prefix, times in epochs.items() if times > MANY_EPOCHS]
+    if many:
+        lines.append(
+            f"warning: seen more than {MANY_EPOCHS} times in this run, and worth less each time: "
+            f"{', '.join(many)}"
+        )
+    bare = dict.fromkeys(source.prefix for source in (*sources, *validation) if source.tokenizer is None)
+    if bare:
+        lines.append(f"note: no .json, so vocabulary and tokenizer cannot be checked: {', '.join(bare)}")
+    windows = sum(source.windows for source in validation)
+    if validation and evaluated > windows:
+        lines.append(f"note: an evaluation takes {evaluated} samples, some twice: there are {windows}")
+    return lines
+
+
+def order_changes(manifest: Manifest, config: RunConfig, source_tokens: Mapping[str, int]) -> list[str]:
+    """What differs from the checkpoint's run among the things that the order of samples depends on.
+
+    Args:
+        source_tokens: ids in each training source now, by prefix.
+    """
+    now = config.model_dump(mode="json")
+    changes = []
+    for section, key in (("training", "seed"), ("data", "sequence_length"), ("data", "train")):
+        before, after = manifest.config.get(section, {}).get(key), now[section][key]
+        if before != after:
+            changes.append(f"{section}.{key} was {before} and is {after}")
+    for prefix, tokens in source_tokens.items():
+        had = manifest.source_tokens.get(prefix, tokens)
+        if had != tokens:
+            changes.append(f"{prefix} had {had:,} tokens and has {tokens:,}")
+    return changes
+
+
+def _row(
+    name: str, share: float, tokens: int, drawn: float, windows: int, sequence_length: int
+) -> tuple[str, ...]:
+    trained_on = round(drawn * sequence_length)
+    return name, f"{share:.2%}", f"{tokens:,}", f"{trained_on:,}", f"{drawn / windows:.2f}"
