@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_tokenformer.data.index_layout import CODES, HEADER, MAGIC, document_lengths, parts
 from megatron_tokenformer.data.pair import open_pair, pair_paths
+from megatron_tokenformer.data.sidecar import discard_sidecar, publish_sidecar
 from megatron_tokenformer.errors import UserError
 
 _PART = 1 << 20
@@ -130,19 +131,8 @@ class TokenFileWriter:
         self.sync()
 
     def publish(self) -> None:
-        """Give the completed files their names, replacing an old pair.
-
-        The old index goes first and the new one comes last: whenever the machine stops, no index ever stands
-        beside another pair's tokens. An old description (``PREFIX.json``) goes with the pair it describes.
-        """
-        bin_path, idx_path = pair_paths(self.prefix)
-        for old in (f"{self.prefix}.json", idx_path):
-            if os.path.exists(old):
-                os.remove(old)
-                _sync_folder(idx_path)
-        os.replace(self._temporary[0], bin_path)
-        os.replace(self._temporary[1], idx_path)
-        _sync_folder(idx_path)
+        """Give the completed files their names: :func:`publish_pair`."""
+        publish_pair(self.prefix)
         self.close()
 
     def sync(self) -> None:
@@ -158,8 +148,9 @@ class TokenFileWriter:
             self._files.close()
 
     def discard(self) -> None:
-        """Remove the temporary files; nothing happens after :meth:`finish`."""
+        """Remove the temporary files, a description's too; nothing happens after :meth:`finish`."""
         self.close()
+        discard_sidecar(self.prefix)
         for path in self._temporary:
             if os.path.exists(path):
                 os.remove(path)
@@ -270,6 +261,26 @@ class TokenFile:
                 break
             found.append(lengths)
         return np.concatenate(found)[:count]
+
+
+def publish_pair(prefix: str) -> None:
+    """Give completed temporary files their names, replacing an old pair; also goes on where it was killed.
+
+    The old index goes first and the new one comes after its tokens: whenever the machine stops, no index ever
+    stands beside another pair's. An old description (``PREFIX.json``) goes with the pair it describes, and a
+    new one, if it was written, comes last.
+    """
+    bin_path, idx_path = pair_paths(prefix)
+    if os.path.exists(f"{bin_path}.tmp"):
+        for old in (f"{prefix}.json", idx_path):
+            if os.path.exists(old):
+                os.remove(old)
+                _sync_folder(idx_path)
+        os.replace(f"{bin_path}.tmp", bin_path)
+    if os.path.exists(f"{idx_path}.tmp"):
+        os.replace(f"{idx_path}.tmp", idx_path)
+    publish_sidecar(prefix)
+    _sync_folder(idx_path)
 
 
 def _map_tokens(path: str, dtype: np.dtype) -> np.ndarray:

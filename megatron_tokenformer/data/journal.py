@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tokenformer.data.indexed import TokenFileWriter
+from megatron_tokenformer.data.indexed import TokenFileWriter, publish_pair
+from megatron_tokenformer.data.sidecar import read_sidecar
 from megatron_tokenformer.errors import UserError
 
 _VERSION = 1
@@ -40,6 +41,8 @@ class Done:
     outputs: dict[str, Counts] = field(default_factory=dict)
     """by component"""
     problems: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    """all files are on the disk, and get their names"""
 
 
 class Journal:
@@ -54,6 +57,23 @@ class Journal:
         self.path = path
         self._settings = settings
         self._written = time.monotonic()
+
+    def publish(self, inputs: Sequence[list[Any]]) -> list[dict[str, Any]] | None:
+        """Give complete outputs of a killed run their names.
+
+        Returns:
+            The descriptions, if they are what the present run would make.
+        """
+        done, settings = self._load()
+        if not done.complete:
+            return None
+        prefixes = [counts.prefix for counts in done.outputs.values() if counts.documents]
+        for prefix in prefixes:
+            publish_pair(prefix)
+        self.remove()
+        same = settings == self._settings and done.inputs == list(inputs)
+        found = [read_sidecar(prefix) for prefix in prefixes] if same else []
+        return [sidecar for sidecar in found if sidecar] or None
 
     def read(self, inputs: Sequence[list[Any]], *, restart: bool = False, skipping: bool = True) -> Done:
         """What an unfinished run has done of the present one; nothing if it was another run.
@@ -94,7 +114,7 @@ class Journal:
             with open(self.path, encoding="utf-8") as file:
                 found = json.load(file)
             outputs = {name: Counts(**counts) for name, counts in found["done"]["outputs"].items()}
-            done = Done(found["done"]["inputs"], outputs, found["done"]["problems"])
+            done = Done(**{**found["done"], "outputs": outputs})
             if found["version"] != _VERSION:
                 raise ValueError("version")
             return done, found["settings"]

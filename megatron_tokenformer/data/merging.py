@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from megatron_tokenformer.data.index_layout import parts
 from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.data.pair import Pair, open_pair, pair_paths, require_pair
 from megatron_tokenformer.data.provenance import one_tokenizer, tokenizer_of
-from megatron_tokenformer.data.sidecar import SidecarWriter, merge_sidecars, sidecar_path
+from megatron_tokenformer.data.sidecar import merge_sidecars, sidecar_path, write_sidecar
 from megatron_tokenformer.errors import UserError
 
 _BLOCK_BYTES = 4 << 20
@@ -51,20 +50,15 @@ def merge_datasets(
     sidecars = [part.sidecar for part in found if part.sidecar is not None]
     total = sum(part.token_bytes + 12 * part.index.sequences + 8 * part.index.documents for part in found)
     try:
-        with ExitStack() as stack:
-            writer = stack.enter_context(TokenFileWriter(output_prefix, found[0].index.dtype))
-            bar = stack.enter_context(
-                tqdm(total=total, unit="B", unit_scale=True, mininterval=log_interval, desc="merge")
-            )
+        with (
+            TokenFileWriter(output_prefix, found[0].index.dtype) as writer,
+            tqdm(total=total, unit="B", unit_scale=True, mininterval=log_interval, desc="merge") as bar,
+        ):
             for part in found:
                 _append(writer, part, bar.update)
-            sidecar = None
             if sidecars:
-                content = merge_sidecars(sidecars, output_prefix)
-                sidecar = stack.enter_context(SidecarWriter(output_prefix, content))
+                write_sidecar(output_prefix, merge_sidecars(sidecars, output_prefix))
             writer.finish()
-            if sidecar:
-                sidecar.finish()
     except OSError as error:
         name = error.filename or output_prefix
         raise UserError(f"cannot write {name}: {error.strerror}", exit_code=1) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import ExitStack
 from copy import deepcopy
 from types import TracebackType
 from typing import Any
@@ -17,7 +16,7 @@ from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.data.journal import Counts, Done, Journal
 from megatron_tokenformer.data.pair import pair_paths
 from megatron_tokenformer.data.problems import Tally
-from megatron_tokenformer.data.sidecar import SidecarWriter, sidecar_path
+from megatron_tokenformer.data.sidecar import discard_sidecar, sidecar_path, write_sidecar
 from megatron_tokenformer.errors import UserError
 
 # More are no components but a mistake, such as splitting by a document's address.
@@ -127,16 +126,13 @@ class Outputs:
         Args:
             descriptions: by component.
         """
-        with ExitStack() as stack:
-            sidecars = {
-                component: stack.enter_context(SidecarWriter(writer.prefix, descriptions[component]))
-                for component, writer in self._writers.items()
-            }
-            for writer in self._writers.values():
-                writer.complete()
-            for component, writer in self._writers.items():
-                writer.publish()
-                sidecars[component].finish()
+        for component, writer in self._writers.items():
+            write_sidecar(writer.prefix, descriptions[component])
+            writer.complete()
+        self._done.complete = True
+        self._journal.write(self._done)
+        for writer in self._writers.values():
+            writer.publish()
         self._journal.remove()
 
     def __enter__(self) -> Outputs:
@@ -145,8 +141,11 @@ class Outputs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            return
+        if error is not None and not self._done.complete:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Keep what is worth going on from, and nothing else."""
         kept = bool(self._done.inputs) and self.documents > 0
         if kept:
             try:
@@ -154,15 +153,16 @@ class Outputs:
             except OSError:  # a full disk: an earlier state may be on it
                 kept = self._journal.exists
         for writer in self._writers.values():
+            discard_sidecar(writer.prefix)
             writer.close() if kept else writer.discard()
         if not kept:
             self._journal.remove()
-        else:
-            print(
-                f"note: {len(self._done.inputs)} input files are done; the same command goes on after them "
-                "(--restart begins anew)",
-                file=sys.stderr,
-            )
+            return
+        print(
+            f"note: {len(self._done.inputs)} input files are done; the same command goes on after them "
+            "(--restart begins anew)",
+            file=sys.stderr,
+        )
 
     def _write(self, part: Part, counts: Counts, ends_document: bool) -> None:
         writer = self._writers.get(part.component)

@@ -87,16 +87,24 @@ def preprocess(inputs: Sequence[str], output_prefix: str, job: Job, options: Opt
     paths = expand_inputs(inputs)
     if options.shard:
         paths = take_shard(paths, options.shard)
-    names = Names(output_prefix, job.json_key, options.overwrite)
-    if not job.split_by:
-        names.of("")  # refuses what exists before the tokenizer is loaded
+    os.makedirs(os.path.dirname(output_prefix) or ".", exist_ok=True)
     # The workers are the parallelism: threads of each one's tokenizer would only get in their way.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "FASTOKENS_BPE_THREADS": "1"}
     tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
-    tokenizer = choose_backend(tokenizer, job.tokenizer_backend, sample_texts(paths, job.json_key))
-    os.makedirs(os.path.dirname(output_prefix) or ".", exist_ok=True)
+    journal = Journal(
+        f"{output_prefix}_{job.json_key}_document.journal",
+        {"tokenizer": tokenizer.fingerprint, **_settings(job)},
+    )
+    identities = [_identity(path) for path in paths]
     try:
-        return _run(paths, f"{output_prefix}_{job.json_key}_document.journal", names, job, tokenizer, options)
+        published = journal.publish(identities)
+        if published and not options.restart:
+            return Result(published, Tally(published[0].get("problems")), len(paths))
+        names = Names(output_prefix, job.json_key, options.overwrite)
+        if not job.split_by:
+            names.of("")  # refuses what exists already
+        tokenizer = choose_backend(tokenizer, job.tokenizer_backend, sample_texts(paths, job.json_key))
+        return _run(identities, journal, names, job, tokenizer, options)
     except OSError as error:
         name = error.filename or output_prefix
         raise UserError(f"cannot write {name}: {error.strerror}", exit_code=1) from error
@@ -105,13 +113,17 @@ def preprocess(inputs: Sequence[str], output_prefix: str, job: Job, options: Opt
 
 
 def _run(
-    paths: list[str], journal_path: str, names: Names, job: Job, tokenizer: Tokenizer, options: Options
+    identities: list[list[Any]],
+    journal: Journal,
+    names: Names,
+    job: Job,
+    tokenizer: Tokenizer,
+    options: Options,
 ) -> Result:
-    identities = [_identity(path) for path in paths]
-    journal = Journal(journal_path, {"tokenizer": tokenizer.fingerprint, **_settings(job)})
+    paths = [path for path, _, _ in identities]
+    sizes = [size for _, size, _ in identities]
     done = journal.read(identities, restart=options.restart, skipping=options.on_error == "skip")
     resumed = len(done.inputs)
-    sizes = [size for _, size, _ in identities]
     eod_id = tokenizer.eod_id if job.append_eod else None
     with (
         Outputs(names, token_dtype(tokenizer.vocab_size), eod_id, journal, done) as outputs,
@@ -124,7 +136,7 @@ def _run(
             desc="tokenize",
         ) as bar,
     ):
-        work = _read(paths[resumed:], tokenizer, job, os.path.dirname(journal_path) or ".")
+        work = _read(paths[resumed:], tokenizer, job, os.path.dirname(journal.path) or ".")
         identity = iter(identities[resumed:])
         show = partial(_show, bar, outputs, time.monotonic(), outputs.tokens)
         for encoded in encode_all(work, tokenizer, job, options.workers):
@@ -136,9 +148,7 @@ def _run(
             show(encoded)
         if outputs.documents == 0:
             skipped = "".join(f"; skipped: {line}" for line in outputs.problems.lines())
-            raise UserError(
-                f"no documents in {len(paths)} input file(s), e.g. {paths[0]}{skipped}", exit_code=1
-            )
+            raise UserError(f"no documents in {len(paths)} input file(s), e.g. {paths[0]}{skipped}", 1)
         descriptions = _describe(outputs, job, tokenizer, identities, options)
         outputs.publish(descriptions)
     return Result(list(descriptions.values()), outputs.problems, resumed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from typing import Any
 
 from megatron_tokenformer.errors import UserError
@@ -69,33 +70,28 @@ def _merge(found: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]
     return merged
 
 
-class SidecarWriter:
-    """Write a description in two steps, so that it is on the disk before the pair gets its name.
+def write_sidecar(prefix: str, content: dict[str, Any]) -> None:
+    """Write a description durably under a temporary name, to be there before the pair gets its own."""
+    temporary = f"{sidecar_path(prefix)}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        discard_sidecar(prefix)
+        raise
 
-    Leaving the context without :meth:`finish` removes what was written.
-    """
 
-    def __init__(self, prefix: str, content: dict[str, Any]) -> None:
-        self._path = sidecar_path(prefix)
-        self._temporary = f"{self._path}.tmp"
-        self._content = content
+def publish_sidecar(prefix: str) -> None:
+    """Give a description that was written its name, if it has not got it already."""
+    path = sidecar_path(prefix)
+    if os.path.exists(f"{path}.tmp"):
+        os.replace(f"{path}.tmp", path)
 
-    def __enter__(self) -> SidecarWriter:
-        try:
-            with open(self._temporary, "w", encoding="utf-8") as file:
-                json.dump(self._content, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
 
-    def finish(self) -> None:
-        """Give the description its name."""
-        os.replace(self._temporary, self._path)
-
-    def __exit__(self, *_: object) -> None:
-        if os.path.exists(self._temporary):
-            os.remove(self._temporary)
+def discard_sidecar(prefix: str) -> None:
+    """Remove a description that has not got its name."""
+    with suppress(FileNotFoundError):
+        os.remove(f"{sidecar_path(prefix)}.tmp")
