@@ -13,6 +13,7 @@ from megatron_tokenformer.config.load import dump_config
 from megatron_tokenformer.config.schema import Model, RunConfig, check_world
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.data.batches import Blend, open_blend
+from megatron_tokenformer.data.documents import end_of_document_id
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import full_shapes
 from megatron_tokenformer.parallel.layout import Layout, from_main_rank
@@ -31,6 +32,8 @@ class Run:
     accumulation: int
     training_data: Blend
     validation_data: Blend | None
+    eod_id: int | None
+    """the id that ends documents, where an option needs it"""
     progress: Progress
     log: MetricsLog
 
@@ -54,6 +57,7 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     """
     accumulation = check_world(config, layout.processes.world_size)
     training_data, validation_data = _open_data_everywhere(config)
+    eod_id = from_main_rank(lambda: find_eod_id(config))
     # One rank decides for all: on a network file system each may see another newest checkpoint.
     path = from_main_rank(lambda: find_restore_point(config))
     restored = (path, read_manifest(path)) if path else None
@@ -69,7 +73,7 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
         engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
     # At step 0 the first thing that a run does is to measure and log it again.
     with MetricsLog(config, progress.step or -1, layout.is_main) as log:
-        run = Run(config, layout, engine, accumulation, training_data, validation_data, progress, log)
+        run = Run(config, layout, engine, accumulation, training_data, validation_data, eod_id, progress, log)
         announce(run, restored)
         yield run
 
@@ -84,6 +88,22 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     for blend in filter(None, (training, validation)):
         blend.check_vocabulary(config.model.vocab_size)
     return training, validation
+
+
+def find_eod_id(config: RunConfig) -> int | None:
+    """The end-of-document id of all the data, or None if no option needs it.
+
+    Raises:
+        UserError: it is needed, not given, and the datasets do not tell it or do not agree.
+    """
+    data = config.data
+    options = {"isolate_documents": data.isolate_documents, "eod_mask_loss": data.eod_mask_loss}
+    needed_by = next((f"data.{key}" for key, on in options.items() if on), None)
+    if needed_by is None:
+        return None
+    if data.eod_id is not None:
+        return data.eod_id
+    return end_of_document_id([prefix for _, prefix in (*data.train, *data.validation)], needed_by)
 
 
 def find_restore_point(config: RunConfig) -> Path | None:
@@ -150,6 +170,8 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
     for source in run.training_data.sources:
         epochs = needed * source.weight / source.windows
         run.log.say(f"data {source.prefix}: {source.tokens:,} tokens, {epochs:.2f} epochs in this run")
+    if run.eod_id is not None:
+        run.log.say(f"token id {run.eod_id} ends documents")
     if run.validation_data is not None:
         samples = config.training.eval_steps * config.training.global_batch_size
         windows = sum(source.windows for source in run.validation_data.sources)
