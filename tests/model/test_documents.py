@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_tokenformer.data.documents import document_positions
-from megatron_tokenformer.model.attention import same_document
+from megatron_tokenformer.model.attention import rotate, same_document
 from megatron_tokenformer.parallel.collectives import TensorParallel
 from tests.model.test_language_model import MODEL, build, reference_logits
 
@@ -55,6 +55,15 @@ def test_each_document_is_as_if_alone_in_the_plain_reference() -> None:
         for document in documents:
             alone = reference_logits(weights, tokens[row : row + 1, document], MODEL)[0]
             torch.testing.assert_close(logits[row, document], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_each_document_is_rotated_from_position_0_on() -> None:
+    """Seen here only: attention depends on differences of positions, so the logits would not tell."""
+    x = torch.randn(2, 3, 16, 8, generator=torch.Generator().manual_seed(1))
+    turned = rotate(x, 4, document_positions(some_documents(), END))
+    for row, documents in enumerate(DOCUMENTS):
+        for document in documents:
+            assert torch.equal(turned[row, :, document], rotate(x[row, :, document], 4))
 
 
 def test_positions_of_one_document_change_nothing() -> None:

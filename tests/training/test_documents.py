@@ -123,33 +123,25 @@ def one_process(folder: Path) -> list[dict]:
     return run(configured(folder, BOTH), "one")
 
 
-LAYOUTS = [  # tensor, pipeline, data, sequence, micro-batch
-    (1, 1, 1, False, 8),
-    (1, 1, 1, False, 1),
-    (1, 1, 2, False, 4),
-    (1, 1, 2, False, 1),
-    (2, 1, 1, True, 2),
-    (1, 2, 1, False, 2),
-    (1, 2, 2, False, 2),
-    (2, 2, 1, True, 4),
-    (1, 4, 1, False, 2),  # positions pass through two stages that read no data
+LAYOUTS = [  # processes, layout, micro-batch
+    (1, {}, 8),
+    (1, {}, 1),
+    (2, {}, 4),
+    (2, {}, 1),
+    (2, {"tensor": 2, "sequence": True}, 2),
+    (2, {"pipeline": 2}, 2),
+    (4, {"pipeline": 2}, 2),
+    (4, {"tensor": 2, "pipeline": 2, "sequence": True}, 4),
+    (4, {"pipeline": 4}, 2),  # positions pass through two stages that read no data
 ]
 
 
-@pytest.mark.parametrize("tensor, pipeline, data, sequence, micro_batch_size", LAYOUTS)
+@pytest.mark.parametrize("world_size, parallel, size", LAYOUTS)
 def test_every_layout_and_micro_batch_size_agrees(
-    folder: Path,
-    one_process: list[dict],
-    tensor: int,
-    pipeline: int,
-    data: int,
-    sequence: bool,
-    micro_batch_size: int,
+    folder: Path, one_process: list[dict], world_size: int, parallel: dict[str, Any], size: int
 ) -> None:
-    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}
-    config = configured(folder, BOTH, parallel=parallel, training={"micro_batch_size": micro_batch_size})
-    name = f"{tensor}-{pipeline}-{data}-{micro_batch_size}"
-    rows = run(config, name, tensor * pipeline * data)
+    config = configured(folder, BOTH, parallel=parallel, training={"micro_batch_size": size})
+    rows = run(config, f"{world_size}-{'-'.join(parallel)}-{size}", world_size)
     assert len(rows) == len(one_process) == 8  # six steps, and an evaluation at either end
     for here, reference in zip(rows, one_process):
         for key in ("loss", "val_loss", "grad_norm"):
