@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,24 @@ def write_tokens(folder: Path, name: str = "toy", tokens: int = 40_000, seed: in
     writer = TokenFileWriter(prefix, np.dtype("uint16"))
     writer.add((np.cumsum(steps) % VOCABULARY).astype(np.uint16), np.full(tokens // 100, 100))
     writer.finish()
+    return prefix
+
+
+def write_documents(
+    folder: Path, name: str, documents: int = 1_000, longest: int = 20, seed: int = 0, eod_id: int = 0
+) -> str:
+    """Write described documents of 1 to `longest` tokens, each ended by `eod_id`; return their prefix."""
+    prefix = str(folder / f"{name}_text_document")
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, longest + 1, size=documents)
+    tokens = 1 + np.cumsum(random.integers(0, 3, size=lengths.sum())) % (VOCABULARY - 1)
+    tokens[np.cumsum(lengths) - 1] = eod_id
+    writer = TokenFileWriter(prefix, np.dtype("uint16"))
+    writer.add(tokens.astype(np.uint16), lengths)
+    writer.finish()
+    tokenizer = {"type": "none", "fingerprint": "none", "vocab_size": VOCABULARY, "eod_id": eod_id}
+    counts = {"documents": documents, "tokens": len(tokens), "append_eod": True}
+    Path(f"{prefix}.json").write_text(json.dumps({**counts, "tokenizer": tokenizer}))
     return prefix
 
 

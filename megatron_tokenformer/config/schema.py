@@ -103,6 +103,13 @@ class Data(Section):
     validation: list[tuple[float, str]] = []
     """likewise, for the loss that is reported; may be empty"""
     sequence_length: PositiveInt = 1024
+    isolate_documents: bool = False
+    """a position attends to its own document only, and rotary positions start at 0 in each document
+    (Megatron's --reset-attention-mask and --reset-position-ids together)"""
+    eod_mask_loss: bool = False
+    """positions whose input is the end-of-document id do not count in the loss (Megatron's name)"""
+    eod_id: int | None = Field(None, ge=0)
+    """the end-of-document id that the two keys above go by; by default the one in the data's PREFIX.json"""
     tokenizer: Tokenizer | None = None
 
     @field_validator("train", "validation", mode="before")
@@ -220,6 +227,15 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{key}={value} is not divisible by parallel.tensor={tensor}; {fits} would work"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _eod_id_is_in_the_vocabulary(self) -> RunConfig:
+        if self.data.eod_id is not None and self.data.eod_id >= self.model.vocab_size:
+            raise ValueError(
+                f"data.eod_id={self.data.eod_id} is not below model.vocab_size={self.model.vocab_size}; "
+                f"data.eod_id={self.model.vocab_size - 1} is the largest id"
+            )
         return self
 
     @model_validator(mode="after")

@@ -32,10 +32,12 @@ class Attention(nn.Module):
         self.value = Pattention(d, d, tokens.qkv, model.score_norm, ranks)
         self.output = Pattention(d, d, tokens.output, model.score_norm, ranks)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Attend to earlier positions: all of them, or with `positions` [b, s] those of the same document."""
         query, key, value = self._project_onto_local_heads(x)
-        query, key = rotate(query, self.rotary_size), rotate(key, self.rotary_size)
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        query, key = (rotate(heads, self.rotary_size, positions) for heads in (query, key))
+        mask = None if positions is None else same_document(positions)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         context = context.permute(2, 0, 1, 3).flatten(start_dim=2)  # [b, h/p, s, c] -> [s, b, d/p]
         return self.output.partial(gather_from_ranks(context, self.ranks, dim=-1))
 
@@ -52,11 +54,28 @@ class Attention(nn.Module):
         return query, key, value
 
 
-def rotate(x: Tensor, size: int, base: float = 10_000.0) -> Tensor:
-    """Rotary embedding of the first `size` channels of x, [..., s, c] (arXiv 2104.09864; in halves)."""
+def same_document(positions: Tensor) -> Tensor:
+    """Which positions attend to which, [b, 1, s (query), s (key)] booleans: causal, inside one document.
+
+    Args:
+        positions: [b, s], the place of each token in its document, 0 at the document's first.
+    """
+    places = torch.arange(positions.shape[-1], device=positions.device)
+    first = (places - positions).unsqueeze(-1)  # where in the window the query's document starts
+    return ((first <= places) & (places <= places.unsqueeze(-1))).unsqueeze(1)
+
+
+def rotate(x: Tensor, size: int, positions: Tensor | None = None, base: float = 10_000.0) -> Tensor:
+    """Rotary embedding of the first `size` channels of x, [b, h, s, c] (arXiv 2104.09864; in halves).
+
+    Args:
+        positions: [b, s], what to rotate by; by default 0, 1, 2, ...
+    """
     if size == 0:
         return x
     cos, sin = _rotary_tables(x.shape[-2], size, base, x.device)
+    if positions is not None:
+        cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     turned, kept = x[..., :size].float(), x[..., size:]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin

@@ -19,16 +19,22 @@ from megatron_tokenformer.parallel.collectives import TensorParallel
 
 
 class LanguageModel(nn.Module):
-    """Ids [b, s] to this rank's slice of the logits, [s, b, v / p], in one process per tensor rank."""
+    """Ids [b, s] to this rank's slice of the logits, [s, b, v / p], in one process per tensor rank.
+
+    With `positions` [b, s], each token's place in its document, documents do not see each other.
+    """
 
     def __init__(self, model: Model, ranks: TensorParallel = TensorParallel()) -> None:
         super().__init__()
         self.embedding = Embedding(model, ranks)
-        self.layers = nn.Sequential(*(TokenformerLayer(model, ranks, i) for i in range(model.layers)))
+        self.layers = nn.ModuleList(TokenformerLayer(model, ranks, i) for i in range(model.layers))
         self.final_norm = FinalNorm(model, ranks)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.embedding.logits(self.final_norm(self.layers(self.embedding(tokens))))
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, positions)
+        return self.embedding.logits(self.final_norm(x))
 
 
 def canonical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

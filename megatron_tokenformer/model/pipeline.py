@@ -1,21 +1,59 @@
-"""The language model as the list of layers that DeepSpeed cuts into pipeline stages, and its loss."""
+"""The language model as the list of layers that DeepSpeed cuts into pipeline stages, and its loss.
+
+Where documents are isolated, every layer needs the positions, but only the first stage reads the data: they
+travel beside the activations, from layer to layer and from stage to stage.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_tokenformer.config.schema import Model
 from megatron_tokenformer.model.tokenformer import Embedding, FinalNorm, TokenformerLayer
 from megatron_tokenformer.parallel.collectives import TensorParallel
 
+Carried = Tensor | tuple[Tensor, Tensor]
+"""What a layer hands to the next: activations, or (activations, positions [b, s])."""
 
-def pipeline_layers(model: Model, ranks: TensorParallel) -> list[LayerSpec]:
+
+class PipelineLayer(nn.Module):
+    """A TokenformerLayer that hands on the positions, if there are any, with its activations."""
+
+    def __init__(self, model: Model, ranks: TensorParallel, index: int) -> None:
+        super().__init__()
+        self.layer = TokenformerLayer(model, ranks, index)
+
+    def forward(self, carried: Carried) -> Carried:
+        x, positions = carried if isinstance(carried, tuple) else (carried, None)
+        return with_positions(self.layer(x, positions), positions)
+
+
+def embed(embedding: Embedding, inputs: Carried) -> Carried:
+    """Ids [b, s], or (ids, positions), to what the first layer takes."""
+    tokens, positions = inputs if isinstance(inputs, tuple) else (inputs, None)
+    return with_positions(embedding(tokens), positions)
+
+
+def with_positions(x: Tensor, positions: Tensor | None) -> Carried:
+    """Activations as they travel: alone where there are no positions."""
+    return x if positions is None else (x, positions)
+
+
+def without_positions(carried: Carried) -> Tensor:
+    """What the last layer hands on to the head, which needs no positions."""
+    return carried[0] if isinstance(carried, tuple) else carried
+
+
+def pipeline_layers(model: Model, ranks: TensorParallel) -> list[LayerSpec | Callable[[Carried], Tensor]]:
     """The same model as layers for a PipelineModule; embedding and head are one tied weight."""
     return [
-        TiedLayerSpec("embedding", Embedding, model, ranks),
-        *(LayerSpec(TokenformerLayer, model, ranks, i) for i in range(model.layers)),
+        TiedLayerSpec("embedding", Embedding, model, ranks, forward_fn=embed),
+        *(LayerSpec(PipelineLayer, model, ranks, i) for i in range(model.layers)),
+        without_positions,
         LayerSpec(FinalNorm, model, ranks),
         TiedLayerSpec("embedding", Embedding, model, ranks, forward_fn=Embedding.logits),
     ]

@@ -1,6 +1,7 @@
 """The Tokenformer layer, and the embedding and head at its ends.
 
 Activations between layers are [s, b, d], or [s / p, b, d] on each of p ranks under sequence parallelism.
+Positions, where they are given, are those of the whole sequence on every rank: [b, s].
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class TokenformerLayer(nn.Module):
         self.attention = Attention(model, ranks)
         self.ffn = Pattention(model.hidden_size, model.hidden_size, model.tokens.ffn, model.score_norm, ranks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + leave_split(self.attention(enter_split(self._norm(x), self.ranks)), self.ranks)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        x = x + leave_split(self.attention(enter_split(self._norm(x), self.ranks), positions), self.ranks)
         return x + leave_split(self.ffn.partial(enter_split(self._norm(x), self.ranks)), self.ranks)
 
     def _norm(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Start the processes' communication, and the one place where DeepSpeed's and megatron-core's layouts agree.
 
 Both number processes with the tensor-parallel rank running fastest, then data, then pipeline.  megatron-core
-makes the tensor-parallel group (its cross entropy needs it); DeepSpeed's topology makes the rest.
+makes the tensor-parallel group (its cross entropy needs it) and the data-parallel group that a batch's
+positions are counted over; DeepSpeed's topology makes the rest, among it one like the latter for gradients.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Layout:
     pipeline_size: int
     data_rank: int
     data_size: int
+    data_group: dist.ProcessGroup
+    """the data-parallel ranks of this pipeline stage and tensor rank"""
     device: torch.device
     timeout: timedelta
 
@@ -212,6 +215,7 @@ def _locate(parallel: Parallel, processes: Processes, device: torch.device, time
         pipeline_size=parallel.pipeline,
         data_rank=here.data,
         data_size=data_size,
+        data_group=parallel_state.get_data_parallel_group(),
         device=device,
         timeout=timeout,
     )

@@ -46,6 +46,8 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
         run.log.say(line)
     for line in data_warnings(sources, validation, needed, evaluated):
         run.log.say(line)
+    if run.eod_id is not None:
+        run.log.say(f"token id {run.eod_id} ends documents")
 
 
 def data_table(sources: Sequence[SourceInfo], samples: int, sequence_length: int) -> list[str]:

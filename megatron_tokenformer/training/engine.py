@@ -50,9 +50,9 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
                 topology=layout.topology,
                 loss_fn=language_model_loss,
                 # 'parameters' would build every layer of the model on every rank just to count.
-                partition_method="type:TokenformerLayer",
+                partition_method="type:PipelineLayer",
                 activation_checkpoint_interval=1 if config.training.recompute == "layer" else 0,
-                checkpointable_layers=["TokenformerLayer"],
+                checkpointable_layers=["PipelineLayer"],
             )
         mark_tensor_parallel(module, config)
         initialize(module, config.model, config.training.seed, layout.tensor)

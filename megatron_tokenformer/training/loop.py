@@ -37,7 +37,9 @@ def train_steps(run: Run) -> None:
     training, progress = run.config.training, run.progress
     if progress.step == 0:
         evaluate(run)
-    batches = pipeline_batches(run.training_data, progress.position, run.config, run.layout, run.accumulation)
+    batches = pipeline_batches(
+        run.training_data, progress.position, run.config, run.layout, run.accumulation, run.eod_id
+    )
     clock = StepClock(progress.step)
     while progress.step < training.steps:
         loss = train_step(run, batches)
@@ -81,8 +83,9 @@ def evaluate(run: Run) -> None:
     if run.validation_data is None or training.eval_steps == 0:
         return
     set_taus(run.engine.deepspeed.module, progress.taus, progress.step)
-    batches = pipeline_batches(run.validation_data, 0, run.config, run.layout, run.accumulation)
-    loss = run.engine.deepspeed.eval_batch(batches, num_micro_batches=training.eval_steps * run.accumulation)
+    micro_batches = training.eval_steps * run.accumulation
+    batches = pipeline_batches(run.validation_data, 0, run.config, run.layout, micro_batches, run.eod_id)
+    loss = run.engine.deepspeed.eval_batch(batches, num_micro_batches=micro_batches)
     before, progress.val_loss = progress.val_loss, loss.item()
     if progress.step == 0 and progress.history and before is not None:
         change = progress.val_loss - before

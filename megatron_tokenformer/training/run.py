@@ -11,6 +11,7 @@ from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
 from megatron_tokenformer.config.schema import Model, RunConfig, check_world
 from megatron_tokenformer.data.batches import Blend, open_blend
+from megatron_tokenformer.data.documents import end_of_document_id
 from megatron_tokenformer.data.pair import Identity
 from megatron_tokenformer.data.provenance import (
     TokenizerRecord,
@@ -37,6 +38,8 @@ class Run:
     accumulation: int
     training_data: Blend
     validation_data: Blend | None
+    eod_id: int | None
+    """the id that ends documents, where an option needs it"""
     progress: Progress
     log: MetricsLog
 
@@ -61,6 +64,7 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     accumulation = check_world(config, layout.processes.world_size)
     training_data, validation_data = _open_data_everywhere(config)
     tokenizer = common_tokenizer(training_data, validation_data)
+    eod_id = from_main_rank(lambda: find_eod_id(config))
     # One rank decides for all: on a network file system each may see another newest checkpoint.
     path = from_main_rank(lambda: find_restore_point(config, tokenizer))
     restored = (path, read_manifest(path)) if path else None
@@ -78,7 +82,7 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
         engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
     # At step 0 the first thing that a run does is to measure and log it again.
     with MetricsLog(config, progress.step or -1, layout.is_main) as log:
-        run = Run(config, layout, engine, accumulation, training_data, validation_data, progress, log)
+        run = Run(config, layout, engine, accumulation, training_data, validation_data, eod_id, progress, log)
         announce(run, restored)
         yield run
 
@@ -110,6 +114,22 @@ def common_tokenizer(training: Blend, validation: Blend | None) -> TokenizerReco
     """
     sources = [*training.sources, *(validation.sources if validation is not None else [])]
     return one_tokenizer((source.prefix, source.tokenizer) for source in sources)
+
+
+def find_eod_id(config: RunConfig) -> int | None:
+    """The end-of-document id of all the data, or None if no option needs it.
+
+    Raises:
+        UserError: it is needed, not given, and the datasets do not tell it or do not agree.
+    """
+    data = config.data
+    options = {"isolate_documents": data.isolate_documents, "eod_mask_loss": data.eod_mask_loss}
+    needed_by = next((f"data.{key}" for key, on in options.items() if on), None)
+    if needed_by is None:
+        return None
+    if data.eod_id is not None:
+        return data.eod_id
+    return end_of_document_id([prefix for _, prefix in (*data.train, *data.validation)], needed_by)
 
 
 def find_restore_point(config: RunConfig, tokenizer: TokenizerRecord | None) -> Path | None:

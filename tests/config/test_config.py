@@ -71,6 +71,10 @@ def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
             "data: {sequence_length: 33}\nparallel: {tensor: 2, sequence: true}",
             "data.sequence_length=33 is not divisible by parallel.tensor=2",
         ),
+        (
+            "data: {eod_id: 50304}",
+            "data.eod_id=50304 is not below model.vocab_size=50304; data.eod_id=50303 is",
+        ),
         ("parallel: {pipeline: 13}", "parallel.pipeline=13 is more than model.layers=12"),
         ("optimizer: {min_lr: 1}", "optimizer.min_lr=1 is above optimizer.lr=0.0006"),
         ("optimizer: {warmup_steps: 2000}", "optimizer.warmup_steps=2000 is more than training.steps=1000"),
