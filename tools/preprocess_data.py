@@ -9,7 +9,7 @@ import time
 from megatron_tokenformer.data.fast_tokenizer import BACKENDS
 from megatron_tokenformer.data.preprocess import Job, preprocess
 from megatron_tokenformer.data.readers import add_input_arguments
-from megatron_tokenformer.data.tokenizers import TOKENIZER_TYPES
+from megatron_tokenformer.data.tokenizers import add_tokenizer_arguments
 from megatron_tokenformer.errors import run_cli
 
 EXAMPLE = """example:
@@ -34,17 +34,19 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PREFIX",
         help="outputs are PREFIX_text_document.bin, .idx, .json",
     )
-    add("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    add(
-        "--tokenizer-model",
-        metavar="FILE",
-        help="tokenizer.json or sentencepiece .model (ByteTokenizer: none)",
-    )
+    add_tokenizer_arguments(parser, required=True)
     add(
         "--tokenizer-backend",
         choices=BACKENDS,
         default="auto",
-        help="for HFTokenizer: fastokens if a check on the input finds its ids identical (default: auto)",
+        help="auto: fastokens if it takes the tokenizer and a check on the input finds its ids identical, "
+        "else the tokenizer's own library (default: auto)",
+    )
+    add(
+        "--special-tokens-as-text",
+        action="store_true",
+        help="encode special tokens spelled out in documents as ordinary text, so that no text can forge the "
+        "end of a document (default: as Megatron-LM, they become their ids, and are counted)",
     )
     add(
         "--append-eod",
@@ -73,7 +75,14 @@ def main() -> None:
     """Preprocess, and say what was made."""
     args = parse_arguments()
     job = Job(
-        args.tokenizer_type, args.tokenizer_model, args.json_key, args.append_eod, args.tokenizer_backend
+        args.tokenizer_type,
+        args.tokenizer_model,
+        args.json_key,
+        args.append_eod,
+        args.tokenizer_backend,
+        merge_file=args.merge_file,
+        tiktoken_pattern=args.tiktoken_pattern,
+        special_as_text=args.special_tokens_as_text,
     )
     start = time.monotonic()
     summary = preprocess(

@@ -90,8 +90,15 @@ class Parallel(Section):
 class Tokenizer(Section):
     """The tokenizer that made the data; kept in checkpoints, for tools that need text."""
 
-    type: Literal["HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer"] = "HFTokenizer"
+    type: Literal[
+        "HFTokenizer", "GPT2BPETokenizer", "TikTokenizer", "SentencePieceTokenizer", "ByteTokenizer"
+    ] = "HFTokenizer"
     model: str | None = None
+    """the file: tokenizer.json, vocab.json, .tiktoken or sentencepiece .model"""
+    merges: str | None = None
+    """merges.txt, for GPT2BPETokenizer"""
+    pattern: Literal["gpt2", "cl100k", "o200k"] | None = None
+    """how TikTokenizer cuts texts; by default that of OpenAI's files for these, else cl100k"""
 
 
 class Data(Section):

@@ -144,9 +144,10 @@ def _check_fit(first: Part, other: Part) -> None:
             f"tokenizers differ: {first.prefix} has {_tokenizer_name(one)}, "
             f"{other.prefix} has {_tokenizer_name(two)}"
         )
-    if first.sidecar.get("append_eod") != other.sidecar.get("append_eod"):
-        ended, bare = (first, other) if first.sidecar.get("append_eod") else (other, first)
-        raise UserError(f"{ended.prefix} was made with --append-eod, {bare.prefix} without")
+    for key in ("append_eod", "special_tokens_as_text"):
+        if bool(first.sidecar.get(key)) != bool(other.sidecar.get(key)):
+            made, bare = (first, other) if first.sidecar.get(key) else (other, first)
+            raise UserError(f"{made.prefix} was made with --{key.replace('_', '-')}, {bare.prefix} without")
 
 
 def _tokenizer_name(tokenizer: dict[str, Any]) -> str:

@@ -40,6 +40,9 @@ class Job(NamedTuple):
     json_key: str = "text"
     append_eod: bool = False
     tokenizer_backend: str = "auto"
+    merge_file: str | None = None
+    tiktoken_pattern: str | None = None
+    special_as_text: bool = False
 
 
 class Encoded(NamedTuple):
@@ -88,7 +91,13 @@ def preprocess(
         raise UserError(f"{existing[0]} already exists; use --overwrite to replace it")
     # The workers are the parallelism: threads of each one's tokenizer would only get in their way.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "FASTOKENS_BPE_THREADS": "1"}
-    tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
+    tokenizer = load_tokenizer(
+        job.tokenizer_type,
+        job.tokenizer_model,
+        merges=job.merge_file,
+        pattern=job.tiktoken_pattern,
+        special_as_text=job.special_as_text,
+    )
     tokenizer = choose_backend(tokenizer, job.tokenizer_backend, sample_texts(paths, job.json_key))
     try:
         return _write_outputs(paths, prefix, job, tokenizer, workers, log_interval)
@@ -148,6 +157,7 @@ def _write_outputs(
             **counts,
             "dtype": str(writer.dtype),
             "append_eod": job.append_eod,
+            "special_tokens_as_text": job.special_as_text,
             "json_key": job.json_key,
             "tokenizer": _describe(tokenizer, job),
             "inputs": [{"path": path, "bytes": size} for path, size in zip(paths, sizes, strict=True)],
@@ -163,6 +173,7 @@ def _describe(tokenizer: Tokenizer, job: Job) -> dict[str, Any]:
         "type": job.tokenizer_type,
         "backend": getattr(tokenizer, "backend", None),
         "model": job.tokenizer_model,
+        **tokenizer.options,
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod_id,
