@@ -150,7 +150,7 @@ class SentencePieceTokenizer:
         """The ids of ``text``."""
         return self._backend.encode(text, out_type=int)
 
-    def encodeflatten(self, texts: Sequence[str]) -> FlatIds:
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
         """The ids of all texts, on one thread: callers bring their own processes."""
         return flatten(self._backend.encode(list(texts), out_type=int, num_threads=1))
 
