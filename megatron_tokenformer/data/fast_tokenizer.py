@@ -140,7 +140,8 @@ def choose_backend(tokenizer: Tokenizer, wanted: str, sample: Sequence[str]) -> 
         tokenizer: only those of :data:`REFERENCES` have another backend.
         wanted: ``auto`` (the fast one if it proves itself; if not, one line on standard error says why),
             ``fastokens`` (that or an error), or the name of the reference.
-        sample: texts of the input, compared with :data:`HARD_TEXTS` in both backends.
+        sample: texts of the input, compared with :data:`HARD_TEXTS` and the file's own added tokens in both
+            backends.
 
     Raises:
         UserError: an unknown backend, one that ``tokenizer`` does not have, or ``fastokens`` where it fails.
@@ -156,7 +157,8 @@ def choose_backend(tokenizer: Tokenizer, wanted: str, sample: Sequence[str]) -> 
     if not isinstance(tokenizer, Reference) or wanted == own:
         return tokenizer
     try:
-        fast, reason = _open_and_compare(tokenizer, [*HARD_TEXTS, *sample])
+        added = [between.join(["", *tokenizer.added_tokens, ""]) for between in ("a", " ")]
+        fast, reason = _open_and_compare(tokenizer, [*HARD_TEXTS, *added, *sample])
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception

@@ -43,18 +43,18 @@ class HFTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = special_as_text
-        self.eod_id = self._find_end_of_document()
+        added = self._backend.get_added_tokens_decoder()
+        self.added_tokens = tuple(token.content for token in added.values())
+        self.eod_id = self._find_end_of_document([i for i, token in added.items() if token.special])
         self.vocab_size = self._one_more_than_the_largest_id()
-        self.fingerprint = (
-            hash_of(definition) if merges is None else hash_of(*map(read_model, (model, merges)))
-        )
+        files = [definition] if merges is None else [read_model(model), read_model(merges)]
+        self.fingerprint = hash_of(*files)
 
-    def _find_end_of_document(self) -> int:
-        own = {
-            i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special
-        }
+    def _find_end_of_document(self, special_ids: list[int]) -> int:
         ids = map(self._backend.token_to_id, END_OF_DOCUMENT_NAMES)
-        found = [i for i in ids if i is not None] or (list(own) if len(own) == 1 else [])
+        found = [i for i in ids if i is not None]
+        if not found and len(special_ids) == 1:
+            found = special_ids
         if not found:
             names = ", ".join(END_OF_DOCUMENT_NAMES)
             raise UserError(f"{self.model!r} has no end-of-document token ({names})")

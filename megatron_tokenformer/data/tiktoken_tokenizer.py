@@ -52,6 +52,7 @@ class TikTokenizer:
     """
 
     special_as_text = True
+    added_tokens = (END_OF_TEXT,)
 
     def __init__(self, model: str, pattern: str | None = None) -> None:
         from tiktoken import Encoding

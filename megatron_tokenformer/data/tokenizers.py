@@ -84,8 +84,8 @@ def load_tokenizer(
 def add_tokenizer_arguments(parser: ArgumentParser, *, required: bool) -> None:
     """The options that name a tokenizer: ``--tokenizer-type`` and what its files are."""
     add = parser.add_argument
-    kind = "of the tokenizer" if required else "decode with this (default: what PREFIX.json names)"
-    add("--tokenizer-type", required=required, choices=TOKENIZER_TYPES, help=kind)
+    default = None if required else "default: what PREFIX.json names"
+    add("--tokenizer-type", required=required, choices=TOKENIZER_TYPES, help=default)
     add(
         "--tokenizer-model",
         "--vocab-file",

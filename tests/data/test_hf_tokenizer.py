@@ -19,7 +19,7 @@ from megatron_tokenformer.data import hf_tokenizer
 from megatron_tokenformer.data.fast_tokenizer import HARD_TEXTS, FastTokenizer, choose_backend, difference
 from megatron_tokenformer.data.preprocess import Job, preprocess
 from megatron_tokenformer.data.tokenizer_training import train_tokenizer
-from megatron_tokenformer.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
+from megatron_tokenformer.data.tokenizers import FlatIds, HFTokenizer, Tokenizer, load_tokenizer
 from megatron_tokenformer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +194,21 @@ def test_both_backends_agree_on_special_tokens_as_text(
     ids, lengths = reference.encode_flat(texts)
     assert reference.eod_id not in ids.tolist()
     assert [reference.decode(part) for part in np.split(ids, np.cumsum(lengths))[:-1]] == texts
+
+
+def test_the_check_of_the_fast_backend_includes_the_tokens_that_the_file_adds(
+    with_added_tokens: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    honest = FastTokenizer.encode_unaided
+
+    def wrong(self: FastTokenizer, texts: list[str]) -> FlatIds:
+        ids, lengths = honest(self, texts)
+        return FlatIds(ids + np.int32(any("<tool>" in text for text in texts)), lengths)
+
+    monkeypatch.setattr(FastTokenizer, "encode_unaided", wrong)
+    reference = HFTokenizer(with_added_tokens)
+    assert choose_backend(reference, "auto", ["abc"]) is reference
+    assert "instead of fastokens: other ids for 'a<|endoftext|>a" in capfd.readouterr().err
 
 
 def test_an_end_of_document_that_cannot_be_text_is_refused(model: str, tmp_path: Path) -> None:
