@@ -44,8 +44,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-verify", action="store_true", help="do not read the tokens, only the index and the sizes")
     add("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
-    if args.tokenizer_model and not args.tokenizer_type:
-        parser.error("--tokenizer-model needs --tokenizer-type")
+    if (args.tokenizer_model or args.merge_file or args.tiktoken_pattern) and not args.tokenizer_type:
+        parser.error("--tokenizer-model, --merge-file and --tiktoken-pattern need --tokenizer-type")
     if args.documents < 0 or (args.vocab_size is not None and args.vocab_size < 1):
         parser.error("--documents must be at least 0, --vocab-size at least 1")
     return args

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
@@ -158,7 +157,8 @@ def choose_backend(tokenizer: Tokenizer, wanted: str, sample: Sequence[str]) -> 
         return tokenizer
     try:
         added = [between.join(["", *tokenizer.added_tokens, ""]) for between in ("a", " ")]
-        fast, reason = _open_and_compare(tokenizer, [*HARD_TEXTS, *added, *sample])
+        fast = FastTokenizer(tokenizer)
+        reason = difference(tokenizer, fast, [*HARD_TEXTS, *added, *sample])
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception
@@ -171,24 +171,10 @@ def choose_backend(tokenizer: Tokenizer, wanted: str, sample: Sequence[str]) -> 
     return tokenizer
 
 
-def _open_and_compare(reference: Reference, texts: Sequence[str]) -> tuple[FastTokenizer, str | None]:
-    # Both libraries work without Python's lock, and take about as long.
-    with ThreadPoolExecutor(1) as pool:
-        expected = pool.submit(reference.encode_flat, texts)
-        fast = FastTokenizer(reference)
-        return fast, difference(reference, fast, texts, expected.result())
-
-
-def difference(
-    reference: Tokenizer, fast: FastTokenizer, texts: Sequence[str], expected: FlatIds | None = None
-) -> str | None:
-    """Where the two first give different ids for ``texts``, in words; None if they agree.
-
-    Args:
-        expected: the ids of ``reference``, if they are known.
-    """
-    expected = expected or reference.encode_flat(texts)
-    if all(map(np.array_equal, expected, fast.encode_unaided(texts))):
+def difference(reference: Tokenizer, fast: FastTokenizer, texts: Sequence[str]) -> str | None:
+    """Where the two first give different ids for ``texts``, in words; None if they agree."""
+    expected, found = reference.encode_flat(texts), fast.encode_unaided(texts)
+    if all(map(np.array_equal, expected, found)):
         return None
     for text in texts:
         if reference.encode(text) != fast.encode_unaided([text]).ids.tolist():

@@ -68,7 +68,7 @@ class HFTokenizer:
 
     def _one_more_than_the_largest_id(self) -> int:
         size = self._backend.get_vocab_size(with_added_tokens=True)
-        # As a rule no id is left out. To see that takes half as long as to get a dictionary of all.
+        # As a rule no id is left out. To see that is quicker than to get a dictionary of all.
         if all(map(self._backend.id_to_token, range(size))):
             return size
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
