@@ -15,7 +15,7 @@ import numpy as np
 from megatron_tokenformer.data.indexed import TokenFile
 from megatron_tokenformer.data.inspection import Inspection, inspect_dataset
 from megatron_tokenformer.data.sidecar import read_sidecar
-from megatron_tokenformer.data.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
+from megatron_tokenformer.data.tokenizers import Tokenizer, add_tokenizer_arguments, load_tokenizer
 from megatron_tokenformer.errors import UserError, run_cli
 
 EXAMPLE = """example:
@@ -39,14 +39,13 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("prefix", metavar="PREFIX", help="the pair's name, without .bin")
     add("--documents", type=int, default=3, metavar="N", help="show the first N documents (default: 3)")
-    add("--tokenizer-type", choices=TOKENIZER_TYPES, help="decode with this (default: that of PREFIX.json)")
-    add("--tokenizer-model", metavar="FILE", help="its model file")
+    add_tokenizer_arguments(parser, required=False)
     add("--vocab-size", type=int, metavar="N", help="ids must be below N (default: what the tokenizer has)")
     add("--no-verify", action="store_true", help="do not read the tokens, only the index and the sizes")
     add("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
-    if args.tokenizer_model and not args.tokenizer_type:
-        parser.error("--tokenizer-model needs --tokenizer-type")
+    if (args.tokenizer_model or args.merge_file or args.tiktoken_pattern) and not args.tokenizer_type:
+        parser.error("--tokenizer-model, --merge-file and --tiktoken-pattern need --tokenizer-type")
     if args.documents < 0 or (args.vocab_size is not None and args.vocab_size < 1):
         parser.error("--documents must be at least 0, --vocab-size at least 1")
     return args
@@ -60,7 +59,9 @@ def main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     tokenizer = None
     if args.tokenizer_type:
-        tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+        tokenizer = load_tokenizer(
+            args.tokenizer_type, args.tokenizer_model, merges=args.merge_file, pattern=args.tiktoken_pattern
+        )
         refuse_other_tokenizer(args.prefix, tokenizer)
     vocab_size = args.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     found = inspect_dataset(args.prefix, vocab_size=vocab_size, read_tokens=not args.no_verify)
@@ -99,7 +100,9 @@ def find_tokenizer(found: Inspection) -> Tokenizer | None:
         print(f"note: the tokenizer {model} is not here; to decode, give --tokenizer-type, --tokenizer-model")
         return None
     try:
-        tokenizer = load_tokenizer(named["type"], model)
+        tokenizer = load_tokenizer(
+            named["type"], model, merges=named.get("merges"), pattern=named.get("pattern")
+        )
     except UserError as error:
         print(f"note: documents are not decoded: {error}")
         return None

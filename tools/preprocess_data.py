@@ -10,7 +10,7 @@ from megatron_tokenformer.data.encode import Job
 from megatron_tokenformer.data.fast_tokenizer import BACKENDS
 from megatron_tokenformer.data.inputs import add_input_arguments, parse_shard
 from megatron_tokenformer.data.preprocess import ON_ERROR, Options, Result, preprocess
-from megatron_tokenformer.data.tokenizers import TOKENIZER_TYPES
+from megatron_tokenformer.data.tokenizers import add_tokenizer_arguments
 from megatron_tokenformer.errors import run_cli
 
 EXAMPLE = """examples:
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PREFIX",
         help="outputs are PREFIX_text_document.bin, .idx, .json",
     )
-    _add_tokenizer_arguments(parser)
+    _add_encoding_arguments(parser)
     add(
         "--append-eod",
         action="store_true",
@@ -80,19 +80,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    add_tokenizer_arguments(parser, required=True)
     add = parser.add_argument
-    add("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    add(
-        "--tokenizer-model",
-        metavar="FILE",
-        help="tokenizer.json or sentencepiece .model (ByteTokenizer: none)",
-    )
     add(
         "--tokenizer-backend",
         choices=BACKENDS,
         default="auto",
-        help="for HFTokenizer: fastokens if a check on the input finds its ids identical (default: auto)",
+        help="auto: fastokens if it takes the tokenizer and a check on the input finds its ids identical, "
+        "else the tokenizer's own library (default: auto)",
+    )
+    add(
+        "--special-tokens-as-text",
+        action="store_true",
+        help="encode special tokens spelled out in documents as ordinary text, so that no text can forge the "
+        "end of a document (default: as Megatron-LM, they become their ids, and are counted)",
     )
 
 
@@ -106,6 +108,9 @@ def main() -> None:
         args.append_eod,
         args.tokenizer_backend,
         args.split_by,
+        merge_file=args.merge_file,
+        tiktoken_pattern=args.tiktoken_pattern,
+        special_as_text=args.special_tokens_as_text,
     )
     options = Options(
         workers=args.workers,

@@ -90,9 +90,15 @@ class Parallel(Section):
 class Tokenizer(Section):
     """The tokenizer that made the data; kept in checkpoints, for tools that need text."""
 
-    type: Literal["HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer"] = "HFTokenizer"
+    type: Literal[
+        "HFTokenizer", "GPT2BPETokenizer", "TikTokenizer", "SentencePieceTokenizer", "ByteTokenizer"
+    ] = "HFTokenizer"
     model: str | None = None
-    """its file; where that is there, its hash must be that of the data's tokenizer"""
+    """tokenizer.json, vocab.json, .tiktoken or .model file; where it is there, it must be that of the data"""
+    merges: str | None = None
+    """merges.txt, for GPT2BPETokenizer"""
+    pattern: Literal["gpt2", "cl100k", "o200k"] | None = None
+    """how TikTokenizer cuts texts; by default that of OpenAI's files for these, else cl100k"""
 
 
 class Data(Section):

@@ -41,6 +41,9 @@ class Job(NamedTuple):
     append_eod: bool = False
     tokenizer_backend: str = "auto"
     split_by: str | None = None
+    merge_file: str | None = None
+    tiktoken_pattern: str | None = None
+    special_as_text: bool = False
 
     @property
     def fields(self) -> Fields:

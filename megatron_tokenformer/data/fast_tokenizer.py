@@ -1,7 +1,7 @@
-"""A fast backend for ``tokenizer.json`` files: the ids of Hugging Face's ``tokenizers``, many times faster.
+"""A fast backend: the ids of Hugging Face's ``tokenizers``, and of ``tiktoken``, many times faster.
 
 ``fastokens`` is young, so it is never trusted: before each run its ids for a sample of that run's own input,
-and for strings on which tokenizers are known to differ, are compared with those of ``tokenizers``.
+and for strings on which tokenizers are known to differ, are compared with those of the reference.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from megatron_tokenformer.data.tokenizers import FlatIds, HFTokenizer, Tokenizer
+from megatron_tokenformer.data.hf_tokenizer import HFTokenizer, read_definition
+from megatron_tokenformer.data.tiktoken_tokenizer import PATTERNS, TikTokenizer
+from megatron_tokenformer.data.tokenizer_base import END_OF_TEXT, FlatIds, Tokenizer
 from megatron_tokenformer.errors import UserError
 
-BACKENDS = ("auto", "fastokens", "huggingface")
+Reference: TypeAlias = HFTokenizer | TikTokenizer
+# The tokenizers that have a fast backend, and the names of their own.
+REFERENCES: dict[type, str] = {HFTokenizer: "huggingface", TikTokenizer: "tiktoken"}
+BACKENDS = ("auto", "fastokens", *REFERENCES.values())
 
 # What other tokenizers get wrong: combining marks, joiners, odd spaces and digits, special tokens and their
 # neighbours, contractions, bytes at the ends of the UTF-8 ranges, very long runs.
@@ -54,32 +59,47 @@ HARD_TEXTS = (
 
 
 class FastTokenizer:
-    """A ``tokenizer.json`` through ``fastokens``, with the methods of every ``Tokenizer``.
+    """What a reference does, through ``fastokens``, with the methods of every ``Tokenizer``.
 
     Args:
-        model: the file.
-        vocab_size: this and the rest as :class:`HFTokenizer` reads them from the same file; taken from there,
-            so that a worker need not load both libraries.
+        reference: the tokenizer whose ids are wanted. It is not kept: a worker, to which this object is
+            pickled, need not load both libraries.
 
     Raises:
         Exception: whatever ``fastokens`` raises for a file that it does not take.
     """
 
-    def __init__(self, model: str, vocab_size: int, eod_id: int, fingerprint: str) -> None:
+    def __init__(self, reference: Reference) -> None:
+        self._recipe = reference.__reduce__()
+        self._special_as_text = reference.special_as_text
+        self.vocab_size = reference.vocab_size
+        self.eod_id = reference.eod_id
+        self.fingerprint = reference.fingerprint
+        self.options = reference.options
+        self.backend = f"fastokens {version('fastokens')}"
+        self._open()
+
+    def _open(self) -> None:
         from fastokens import Tokenizer as Backend
 
-        self.model = model
-        self.vocab_size = vocab_size
-        self.eod_id = eod_id
-        self.fingerprint = fingerprint
-        self.backend = f"fastokens {version('fastokens')}"
-        self._backend = Backend.from_file(model)
+        kind, arguments = self._recipe
+        if kind is TikTokenizer:
+            model, pattern = arguments
+            special = {END_OF_TEXT: self.eod_id}
+            self._backend = Backend.from_tiktoken(model, pattern=PATTERNS[pattern], special_tokens=special)
+        else:
+            model, merges, _ = arguments
+            self._backend = Backend.from_json_str(read_definition(model, merges).decode("utf-8"))
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._reference: HFTokenizer | None = None
+        self._reference: Reference | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FastTokenizer, (self.model, self.vocab_size, self.eod_id, self.fingerprint)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_backend", "_reference")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``."""
@@ -88,19 +108,22 @@ class FastTokenizer:
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
         """The ids of all texts; TOKENIZERS_PARALLELISM says on how many threads.
 
-        A batch that ``fastokens`` refuses in the midst of a run is encoded by ``tokenizers``, which is told.
+        A batch that ``fastokens`` refuses in the midst of a run is encoded by the reference, which is told.
         """
         try:
             return self.encode_unaided(texts)
         except Exception as error:
             if self._reference is None:
-                print(f"note: a batch goes to Hugging Face tokenizers: {_words(error)}", file=sys.stderr)
-                self._reference = HFTokenizer(self.model)
+                kind, arguments = self._recipe
+                print(f"note: a batch goes to {REFERENCES[kind]}: {_words(error)}", file=sys.stderr)
+                self._reference = kind(*arguments)
             return self._reference.encode_flat(texts)
 
     def encode_unaided(self, texts: Sequence[str]) -> FlatIds:
         """The ids of all texts, by ``fastokens`` alone, with what it raises."""
-        ids, offsets = self._backend.encode_batch_flat(list(texts), add_special_tokens=True)
+        ids, offsets = self._backend.encode_batch_flat(
+            list(texts), add_special_tokens=True, split_special_tokens=self._special_as_text
+        )
         lengths = np.diff(np.frombuffer(offsets, "<u8").view(np.int64)).astype(np.int32)
         return FlatIds(np.frombuffer(ids, "<u4").view(np.int32), lengths)
 
@@ -113,25 +136,29 @@ def choose_backend(tokenizer: Tokenizer, wanted: str, sample: Sequence[str]) -> 
     """The fastest tokenizer that gives the ids of ``tokenizer``.
 
     Args:
-        tokenizer: only an :class:`HFTokenizer` has another backend.
+        tokenizer: only those of :data:`REFERENCES` have another backend.
         wanted: ``auto`` (the fast one if it proves itself; if not, one line on standard error says why),
-            ``fastokens`` (that or an error), or ``huggingface``.
-        sample: texts of the input, compared with :data:`HARD_TEXTS` in both backends.
+            ``fastokens`` (that or an error), or the name of the reference.
+        sample: texts of the input, compared with :data:`HARD_TEXTS` and the file's own added tokens in both
+            backends.
 
     Raises:
-        UserError: an unknown backend, one for a tokenizer that has none, or ``fastokens`` where it fails.
+        UserError: an unknown backend, one that ``tokenizer`` does not have, or ``fastokens`` where it fails.
     """
     if wanted not in BACKENDS:
         raise UserError(f"unknown tokenizer backend {wanted!r}; choose one of {', '.join(BACKENDS)}")
-    if not isinstance(tokenizer, HFTokenizer):
-        if wanted != "auto":
-            raise UserError(f"the tokenizer backend {wanted} is for HFTokenizer only")
-        return tokenizer
-    if wanted == "huggingface":
+    own = REFERENCES.get(type(tokenizer))
+    if wanted not in ("auto", own) and not (own and wanted == "fastokens"):
+        fits = f"auto, fastokens or {own}" if own else "auto"
+        raise UserError(
+            f"the tokenizer backend {wanted} is not for a {type(tokenizer).__name__}; choose {fits}"
+        )
+    if not isinstance(tokenizer, Reference) or wanted == own:
         return tokenizer
     try:
-        fast = FastTokenizer(tokenizer.model, tokenizer.vocab_size, tokenizer.eod_id, tokenizer.fingerprint)
-        reason = difference(tokenizer, fast, [*HARD_TEXTS, *sample])
+        added = [between.join(["", *tokenizer.added_tokens, ""]) for between in ("a", " ")]
+        fast = FastTokenizer(tokenizer)
+        reason = difference(tokenizer, fast, [*HARD_TEXTS, *added, *sample])
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception
@@ -140,7 +167,7 @@ def choose_backend(tokenizer: Tokenizer, wanted: str, sample: Sequence[str]) -> 
         return fast
     if wanted == "fastokens":
         raise UserError(f"fastokens cannot be used: {reason}")
-    print(f"note: Hugging Face tokenizers, which are slower, instead of fastokens: {reason}", file=sys.stderr)
+    print(f"note: {own}, which is slower, instead of fastokens: {reason}", file=sys.stderr)
     return tokenizer
 
 

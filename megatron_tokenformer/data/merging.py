@@ -101,9 +101,10 @@ def _check_fit(first: Pair, other: Pair) -> None:
     if first.sidecar is None or other.sidecar is None:
         return
     one_tokenizer((pair.prefix, tokenizer_of(pair.sidecar)) for pair in (first, other))
-    if first.sidecar.get("append_eod") != other.sidecar.get("append_eod"):
-        ended, bare = (first, other) if first.sidecar.get("append_eod") else (other, first)
-        raise UserError(f"{ended.prefix} was made with --append-eod, {bare.prefix} without")
+    for key in ("append_eod", "special_tokens_as_text"):
+        if bool(first.sidecar.get(key)) != bool(other.sidecar.get(key)):
+            made, bare = (first, other) if first.sidecar.get(key) else (other, first)
+            raise UserError(f"{made.prefix} was made with --{key.replace('_', '-')}, {bare.prefix} without")
 
 
 def _append(writer: TokenFileWriter, part: Pair, report: Callable[[int], object]) -> None:

@@ -90,7 +90,13 @@ def preprocess(inputs: Sequence[str], output_prefix: str, job: Job, options: Opt
     os.makedirs(os.path.dirname(output_prefix) or ".", exist_ok=True)
     # The workers are the parallelism: threads of each one's tokenizer would only get in their way.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "FASTOKENS_BPE_THREADS": "1"}
-    tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
+    tokenizer = load_tokenizer(
+        job.tokenizer_type,
+        job.tokenizer_model,
+        merges=job.merge_file,
+        pattern=job.tiktoken_pattern,
+        special_as_text=job.special_as_text,
+    )
     journal = Journal(
         f"{output_prefix}_{job.json_key}_document.journal",
         {"tokenizer": tokenizer.fingerprint, **_settings(job)},
@@ -181,7 +187,11 @@ def _identity(path: str) -> list[Any]:
 
 def _settings(job: Job) -> dict[str, Any]:
     """What the outputs depend on besides inputs and tokenizer; recorded in every description."""
-    settings = {"append_eod": job.append_eod, "json_key": job.json_key}
+    settings = {
+        "append_eod": job.append_eod,
+        "json_key": job.json_key,
+        "special_tokens_as_text": job.special_as_text,
+    }
     return settings | ({"split_by": job.split_by} if job.split_by else {})
 
 
@@ -196,6 +206,7 @@ def _describe(
             "type": job.tokenizer_type,
             "backend": getattr(tokenizer, "backend", None),
             "model": job.tokenizer_model,
+            **tokenizer.options,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tokenformer.data.sidecar import read_sidecar
-from megatron_tokenformer.data.tokenizers import ByteTokenizer, file_hash
+from megatron_tokenformer.data.tokenizers import load_tokenizer
 from megatron_tokenformer.errors import UserError
 
 
@@ -21,11 +21,15 @@ class TokenizerRecord:
 
     type: str
     fingerprint: str
-    """SHA-256 (hex) of the model file"""
+    """a hash of the model file, and of what else decides about ids"""
     vocab_size: int
     model: str | None = None
     """the model file, under the name that it had at preprocessing"""
     eod_id: int | None = None
+    merges: str | None = None
+    """the merge file of a GPT2BPETokenizer"""
+    pattern: str | None = None
+    """of a TikTokenizer"""
 
     def __str__(self) -> str:
         return named(self.model or self.type, self.fingerprint)
@@ -41,9 +45,7 @@ def tokenizer_of(sidecar: dict[str, Any] | None) -> TokenizerRecord | None:
     if sidecar is None:
         return None
     told = sidecar["tokenizer"]
-    return TokenizerRecord(
-        told["type"], told["fingerprint"], told["vocab_size"], told.get("model"), told.get("eod_id")
-    )
+    return TokenizerRecord(**{name: told[name] for name in TokenizerRecord.__annotations__ if name in told})
 
 
 def read_tokenizer(prefix: str) -> TokenizerRecord | None:
@@ -75,25 +77,29 @@ def one_tokenizer(sources: Iterable[tuple[str, TokenizerRecord | None]]) -> Toke
     return first[1] if first else None
 
 
-def check_configured(type: str, model: str | None, made_with: TokenizerRecord) -> None:
-    """Refuse a config's tokenizer that did not make the data, if its model file is here.
+def check_configured(
+    made_with: TokenizerRecord,
+    type: str,
+    model: str | None,
+    *,
+    merges: str | None = None,
+    pattern: str | None = None,
+) -> None:
+    """Refuse a config's tokenizer (as ``load_tokenizer`` takes it) that did not make the data.
+
+    One whose files are not here is passed over.
 
     Raises:
-        UserError: names both, or the model file that cannot be read (exit code 1).
+        UserError: names both, or the file that cannot be read.
     """
-    if type == "ByteTokenizer":
-        name, fingerprint = type, ByteTokenizer.fingerprint
-    elif model is not None and os.path.isfile(model):
-        name = model
-        try:
-            fingerprint = file_hash(model)
-        except OSError as error:
-            raise UserError(f"cannot read {model}: {error.strerror}", exit_code=1) from error
-    else:
+    files = [path for path in (model, merges) if path]
+    if type != "ByteTokenizer" and not (files and all(map(os.path.isfile, files))):
         return
-    if fingerprint != made_with.fingerprint:
+    loaded = load_tokenizer(type, model, merges=merges, pattern=pattern)
+    if loaded.fingerprint != made_with.fingerprint:
+        name = named(model or type, loaded.fingerprint)
         raise UserError(
-            f"data.tokenizer is {named(name, fingerprint)}, but the data was made with {made_with}; "
+            f"data.tokenizer is {name}, but the data was made with {made_with}; "
             "name the tokenizer that made the data, or preprocess it again"
         )
 

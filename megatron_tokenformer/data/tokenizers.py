@@ -1,78 +1,105 @@
-"""Tokenizers behind one small protocol. Their libraries are imported only when one is loaded."""
+"""All kinds of tokenizers by name. Their libraries are imported only when one is loaded."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Sequence
-from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from megatron_tokenformer.data.hf_tokenizer import HFTokenizer
+from megatron_tokenformer.data.tiktoken_tokenizer import PATTERNS, TikTokenizer
+from megatron_tokenformer.data.tokenizer_base import FlatIds, Tokenizer, flatten, hash_of, read_model
 from megatron_tokenformer.errors import UserError
 
-END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+__all__ = [
+    "TOKENIZER_TYPES",
+    "ByteTokenizer",
+    "FlatIds",
+    "HFTokenizer",
+    "SentencePieceTokenizer",
+    "TikTokenizer",
+    "Tokenizer",
+    "add_tokenizer_arguments",
+    "load_tokenizer",
+]
+TOKENIZER_TYPES = (
+    "HFTokenizer",
+    "GPT2BPETokenizer",
+    "TikTokenizer",
+    "SentencePieceTokenizer",
+    "ByteTokenizer",
+)
 
 
-class FlatIds(NamedTuple):
-    """The ids of a batch of texts in one array: a list for each text would cost more than the tokens do.
-
-    Attributes:
-        ids: ``[sum of lengths]`` int32, the texts one after another.
-        lengths: ``[texts]`` int32, the tokens of each text.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-
-
-class Tokenizer(Protocol):
-    """What the rest of the project knows of a tokenizer. It can be pickled, to be loaded again in a worker.
-
-    Attributes:
-        vocab_size: one more than the largest id.
-        eod_id: the id that ends a document.
-        fingerprint: SHA-256 (hex) of the model file, to tell whether two data sets belong together.
-    """
-
-    vocab_size: int
-    eod_id: int
-    fingerprint: str
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, without an end of document."""
-        ...
-
-    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
-        """The ids of all texts, equal to :meth:`encode`'s."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; special tokens give no text."""
-        ...
-
-
-def load_tokenizer(type: str, model: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    type: str,
+    model: str | None = None,
+    *,
+    merges: str | None = None,
+    pattern: str | None = None,
+    special_as_text: bool = False,
+) -> Tokenizer:
     """Load a tokenizer by the name of its kind.
 
     Args:
-        type: ``HFTokenizer`` (a ``tokenizer.json``), ``SentencePieceTokenizer`` (a ``.model``) or
-            ``ByteTokenizer`` (no file).
-        model: the model file.
+        type: one of :data:`TOKENIZER_TYPES`.
+        model: a ``tokenizer.json`` (``HFTokenizer``), ``vocab.json`` (``GPT2BPETokenizer``), ``.tiktoken``
+            (``TikTokenizer``) or sentencepiece ``.model`` file; ``ByteTokenizer`` has none.
+        merges: ``merges.txt``, for ``GPT2BPETokenizer``.
+        pattern: how a ``TikTokenizer`` cuts texts into pieces, see
+            :data:`~megatron_tokenformer.data.tiktoken_tokenizer.PATTERNS`.
+        special_as_text: encode special tokens spelled out in texts as any other characters. The last three
+            types always do so.
 
     Raises:
-        UserError: unknown type, no such file, a file of another kind, or no end-of-document token in it.
+        UserError: unknown type, a file or option that is missing or of another type, no end of document.
     """
-    if type not in _KINDS:
-        raise UserError(f"unknown tokenizer type {type!r}; choose one of {', '.join(_KINDS)}")
+    if type not in TOKENIZER_TYPES:
+        raise UserError(f"unknown tokenizer type {type!r}; choose one of {', '.join(TOKENIZER_TYPES)}")
+    for name, value, owner in (
+        ("merge file", merges, "GPT2BPETokenizer"),
+        ("pattern", pattern, "TikTokenizer"),
+    ):
+        if value is not None and type != owner:
+            raise UserError(f"a {name} ({value!r}) is for {owner} only, not for {type}")
     if type == "ByteTokenizer":
         return ByteTokenizer()
     if not model:
         raise UserError(f"{type} needs a model file")
-    if not os.path.isfile(model):
-        raise UserError(f"no tokenizer model at {model!r}")
-    return _KINDS[type](model)
+    if type == "GPT2BPETokenizer" and not merges:
+        raise UserError("GPT2BPETokenizer needs a merge file (merges.txt) besides its vocabulary")
+    for path in (model, merges):
+        if path and not os.path.isfile(path):
+            raise UserError(f"no tokenizer model at {path!r}")
+    if type == "TikTokenizer":
+        return TikTokenizer(model, pattern)
+    if type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(model)
+    return HFTokenizer(model, merges, special_as_text)
+
+
+def add_tokenizer_arguments(parser: ArgumentParser, *, required: bool) -> None:
+    """The options that name a tokenizer: ``--tokenizer-type`` and what its files are."""
+    add = parser.add_argument
+    default = None if required else "default: what PREFIX.json names"
+    add("--tokenizer-type", required=required, choices=TOKENIZER_TYPES, help=default)
+    add(
+        "--tokenizer-model",
+        "--vocab-file",
+        metavar="FILE",
+        help="tokenizer.json (HFTokenizer), vocab.json (GPT2BPETokenizer), .tiktoken (TikTokenizer) or "
+        "sentencepiece .model (ByteTokenizer: none)",
+    )
+    add("--merge-file", metavar="FILE", help="merges.txt, for GPT2BPETokenizer")
+    add(
+        "--tiktoken-pattern",
+        choices=tuple(PATTERNS),
+        help="how TikTokenizer cuts texts, which its file does not say (default: that of OpenAI's files for "
+        "these, else cl100k)",
+    )
 
 
 class ByteTokenizer:
@@ -80,7 +107,8 @@ class ByteTokenizer:
 
     vocab_size = 257
     eod_id = 256
-    fingerprint = hashlib.sha256(b"ByteTokenizer").hexdigest()
+    options: dict[str, Any] = {}
+    fingerprint = hash_of(b"ByteTokenizer")
 
     def encode(self, text: str) -> list[int]:
         """The bytes of ``text``."""
@@ -97,54 +125,8 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
-class HFTokenizer:
-    """A ``tokenizer.json`` through the Hugging Face ``tokenizers`` library: the reference for its ids.
-
-    :class:`~megatron_tokenformer.data.fast_tokenizer.FastTokenizer` gives the same ids many times faster.
-    """
-
-    def __init__(self, model: str) -> None:
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import __version__
-
-        self.model = model
-        self.backend = f"tokenizers {__version__}"
-        try:
-            self._backend = Backend.from_file(model)
-        except Exception as error:  # the library raises bare Exception for a bad file
-            raise UserError(f"{model!r} is not a tokenizer.json: {error}") from error
-        # A file saved with truncation or padding would silently cut or fill every document.
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        found = [vocabulary[name] for name in END_OF_DOCUMENT_NAMES if name in vocabulary]
-        own = [i for i, token in self._backend.get_added_tokens_decoder().items() if token.special]
-        if not found and len(own) == 1:
-            found = own
-        if not found:
-            raise UserError(f"{model!r} has no end-of-document token ({', '.join(END_OF_DOCUMENT_NAMES)})")
-        self.eod_id: int = found[0]
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.fingerprint = file_hash(model)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return HFTokenizer, (self.model,)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, with what the file's own template adds, as in GPT-NeoX and Megatron-LM."""
-        return self._backend.encode(text).ids
-
-    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
-        """The ids of all texts; TOKENIZERS_PARALLELISM says on how many threads."""
-        return _flat([encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` without special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
-
-
 class SentencePieceTokenizer:
-    """A sentencepiece ``.model``; its end of sentence ends a document."""
+    """A sentencepiece ``.model``; its end of sentence ends a document, and is never looked for in texts."""
 
     def __init__(self, model: str) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -158,7 +140,8 @@ class SentencePieceTokenizer:
         if self.eod_id < 0:
             raise UserError(f"{model!r} has no end-of-sentence piece, which is needed to end documents")
         self.vocab_size: int = self._backend.get_piece_size()
-        self.fingerprint = file_hash(model)
+        self.options: dict[str, Any] = {}
+        self.fingerprint = hash_of(read_model(model))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SentencePieceTokenizer, (self.model,)
@@ -169,27 +152,8 @@ class SentencePieceTokenizer:
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
         """The ids of all texts, on one thread: callers bring their own processes."""
-        return _flat(self._backend.encode(list(texts), out_type=int, num_threads=1))
+        return flatten(self._backend.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; control pieces give no text."""
         return self._backend.decode([int(i) for i in ids])
-
-
-def _flat(rows: list[list[int]]) -> FlatIds:
-    lengths = np.array([len(row) for row in rows], np.int32)
-    return FlatIds(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths)
-
-
-def file_hash(path: str) -> str:
-    """SHA-256 (hex) of a model file, its tokenizer's fingerprint."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-_KINDS: dict[str, Callable[..., Tokenizer]] = {
-    "HFTokenizer": HFTokenizer,
-    "SentencePieceTokenizer": SentencePieceTokenizer,
-    "ByteTokenizer": ByteTokenizer,
-}
-TOKENIZER_TYPES = tuple(_KINDS)

@@ -102,7 +102,7 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
         blend.check_vocabulary(config.model.vocab_size)
     made_with, configured = common_tokenizer(training, validation), config.data.tokenizer
     if made_with is not None and configured is not None:
-        check_configured(configured.type, configured.model, made_with)
+        check_configured(made_with, **configured.model_dump())
     return training, validation
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from megatron_tokenformer.config.load import dump_config, load_config
-from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.config.schema import RunConfig, Tokenizer, check_world
 from megatron_tokenformer.config.sizes import flops_per_token
+from megatron_tokenformer.data.tiktoken_tokenizer import PATTERNS
+from megatron_tokenformer.data.tokenizers import TOKENIZER_TYPES
 from megatron_tokenformer.errors import UserError
 
 
@@ -38,6 +41,12 @@ def test_a_base_file_is_merged_key_by_key(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("model: {layers: 3}\ntraining: {steps: 7}")
     config = load(tmp_path, "base: base.yaml\nmodel: {hidden_size: 96}")
     assert (config.model.layers, config.model.hidden_size, config.training.steps) == (3, 96, 7)
+
+
+def test_every_tokenizer_that_data_can_be_made_with_can_be_named() -> None:
+    fields = Tokenizer.model_fields
+    assert get_args(fields["type"].annotation) == TOKENIZER_TYPES
+    assert set(get_args(get_args(fields["pattern"].annotation)[0])) == set(PATTERNS)
 
 
 def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tokenformer.data.documents import document_positions, end_of_document_id
-from megatron_tokenformer.data.preprocess import Job, preprocess
+from megatron_tokenformer.data.encode import Job
+from megatron_tokenformer.data.preprocess import preprocess
 from megatron_tokenformer.errors import UserError
 from tests.toy import write_documents
 
@@ -40,9 +41,8 @@ def test_positions_are_those_of_counting_one_by_one(rows: list[list[int]]) -> No
 def preprocessed(folder: Path, name: str, append_eod: bool) -> str:
     texts = folder / "texts.jsonl"
     texts.write_text('{"text": "one"}\n{"text": "two"}\n')
-    return preprocess([str(texts)], str(folder / name), Job("ByteTokenizer", None, append_eod=append_eod))[
-        "prefix"
-    ]
+    job = Job("ByteTokenizer", None, append_eod=append_eod)
+    return preprocess([str(texts)], str(folder / name), job).datasets[0]["prefix"]
 
 
 def test_the_id_is_the_one_that_preprocessing_appended(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def reference(corpus: Path) -> HFTokenizer:
 
 @pytest.fixture(scope="module")
 def fast(reference: HFTokenizer) -> FastTokenizer:
-    return FastTokenizer(reference.model, reference.vocab_size, reference.eod_id, reference.fingerprint)
+    return FastTokenizer(reference)
 
 
 @settings(max_examples=150, deadline=None)
@@ -166,7 +166,7 @@ def test_other_ids_are_noticed_and_named(
     assert isinstance(choose_backend(reference, "auto", ["fine"]), FastTokenizer)
     assert choose_backend(reference, "auto", ["fine", "not qx"]) is reference
     assert capfd.readouterr().err.splitlines() == [
-        "note: Hugging Face tokenizers, which are slower, instead of fastokens: other ids for 'not qx'"
+        "note: huggingface, which is slower, instead of fastokens: other ids for 'not qx'"
     ]
     with pytest.raises(UserError, match="fastokens cannot be used: other ids for 'not qx'"):
         choose_backend(reference, "fastokens", ["not qx"])
@@ -200,15 +200,17 @@ def test_a_batch_refused_in_mid_run_goes_to_tokenizers(
     for _ in range(2):
         assert all(map(np.array_equal, copy.encode_flat(["ab", "c"]), reference.encode_flat(["ab", "c"])))
     assert capfd.readouterr().err.splitlines() == [
-        "note: a batch goes to Hugging Face tokenizers: ValueError: match limit reached"
+        "note: a batch goes to huggingface: ValueError: match limit reached"
     ]
 
 
-def test_backends_are_for_hf_tokenizers() -> None:
+def test_a_backend_of_other_tokenizers_is_refused(reference: HFTokenizer) -> None:
     assert isinstance(choose_backend(ByteTokenizer(), "auto", []), ByteTokenizer)
-    with pytest.raises(UserError, match="for HFTokenizer only"):
+    with pytest.raises(UserError, match="fastokens is not for a ByteTokenizer; choose auto"):
         choose_backend(ByteTokenizer(), "fastokens", [])
-    with pytest.raises(UserError, match="choose one of auto, fastokens, huggingface"):
+    with pytest.raises(UserError, match="not for a HFTokenizer; choose auto, fastokens or huggingface"):
+        choose_backend(reference, "tiktoken", [])
+    with pytest.raises(UserError, match="choose one of auto, fastokens, huggingface, tiktoken"):
         choose_backend(load_tokenizer("ByteTokenizer"), "slow", [])
 
 

@@ -159,6 +159,13 @@ def test_other_types_and_tokenizers_are_refused(
     refuse(tmp_path, [plain, wide], "token types differ: .*plain has uint16, .*wide int32")
     refuse(tmp_path, [first, plain], r"plain\.json is missing, .*x_text_document")
     refuse(tmp_path, [plain, first], r"plain\.json is missing")
+    as_text = preprocess(inputs[:1], str(tmp_path / "t"), BYTES._replace(special_as_text=True)).datasets[0][
+        "prefix"
+    ]
+    for parts in ([first, as_text], [as_text, first]):
+        refuse(
+            tmp_path, parts, "t_text_document was made with --special-tokens-as-text, .*x_text_document wi"
+        )
     without = preprocess(inputs[:1], str(tmp_path / "w"), Job("ByteTokenizer", None)).datasets[0]["prefix"]
     refuse(
         tmp_path, [without, first], "x_text_document was made with --append-eod, .*w_text_document without"

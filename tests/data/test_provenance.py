@@ -15,8 +15,10 @@ from megatron_tokenformer.data.provenance import (
     check_continued,
     one_tokenizer,
 )
+from megatron_tokenformer.data.tokenizer_training import train_tokenizer
 from megatron_tokenformer.data.tokenizers import ByteTokenizer
 from megatron_tokenformer.errors import UserError
+from tests.data.runs import json_lines
 
 ONE = TokenizerRecord("HFTokenizer", "1" * 64, 100, "one.json", 0)
 SAME = TokenizerRecord("HFTokenizer", "1" * 64, 100, "elsewhere/one.json", 0)
@@ -41,21 +43,24 @@ def test_sources_that_differ_are_refused_with_prefixes_names_and_hashes() -> Non
 
 def test_the_configs_model_file_must_be_the_one_that_made_the_data(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.json"
-    model.write_bytes(b"content")
-    true = hashlib.sha256(b"content").hexdigest()
-    check_configured("HFTokenizer", str(model), TokenizerRecord("HFTokenizer", true, 100))
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["some text"]))
+    train_tokenizer([str(tmp_path / "a.jsonl")], "HFTokenizer", 260, str(model))
+    true = hashlib.sha256(model.read_bytes()).hexdigest()
+    check_configured(TokenizerRecord("HFTokenizer", true, 100), "HFTokenizer", str(model))
     with pytest.raises(
         UserError, match=rf"tokenizer\.json \(hash {true[:12]}\), but .* one\.json \(hash 1111"
     ):
-        check_configured("HFTokenizer", str(model), ONE)
-    check_configured("HFTokenizer", str(tmp_path / "not here"), ONE)
-    check_configured("HFTokenizer", None, ONE)
+        check_configured(ONE, "HFTokenizer", str(model))
+    check_configured(ONE, "HFTokenizer", str(tmp_path / "not here"))
+    check_configured(ONE, "GPT2BPETokenizer", str(model), merges=str(tmp_path / "not here"))
+    check_configured(ONE, "HFTokenizer", None)
 
 
 def test_the_byte_tokenizer_has_no_file_and_is_held_against_the_data_all_the_same() -> None:
-    check_configured("ByteTokenizer", None, TokenizerRecord("ByteTokenizer", ByteTokenizer.fingerprint, 257))
+    made_with = TokenizerRecord("ByteTokenizer", ByteTokenizer.fingerprint, 257)
+    check_configured(made_with, "ByteTokenizer", None)
     with pytest.raises(UserError, match="is ByteTokenizer"):
-        check_configured("ByteTokenizer", None, ONE)
+        check_configured(ONE, "ByteTokenizer", None)
 
 
 def test_a_checkpoint_goes_on_with_its_own_tokenizer_or_an_unknown_one() -> None:
