@@ -1,6 +1,7 @@
 """Read a run's configuration: one YAML file, then `section.key=value` overrides, checked as a whole.
 
-A config may name another with `base: FILE` (relative to itself): it is read first and merged key by key.
+A config may name others with `base: FILE` or `base: [FILE, FILE]` (relative to itself): they are read first,
+each merged onto those before it, key by key.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def read_yaml(path: str | Path, readers: tuple[Path, ...] = ()) -> Tree:
-    """The mapping in a YAML file, merged onto its `base` file if it names one.
+    """The mapping in a YAML file, merged onto its `base` files if it names any.
 
     Args:
         readers: the files whose `base` this one is, one of the next.
@@ -64,11 +65,13 @@ def read_yaml(path: str | Path, readers: tuple[Path, ...] = ()) -> Tree:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of sections")
     base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base={base!r} is not the name of a file")
-    return merge(read_yaml(path.parent / base, (*readers, path.resolve())), tree)
+    bases = base if isinstance(base, list) else [] if base is None else [base]
+    merged: Tree = {}
+    for base in bases:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base={base!r} is not the name of a file")
+        merge(merged, read_yaml(path.parent / base, (*readers, path.resolve())))
+    return merge(merged, tree)
 
 
 def parse_override(text: str) -> Tree:

@@ -23,9 +23,10 @@ from megatron_tokenformer.data.problems import Problem
 from megatron_tokenformer.data.readers import Chunk
 from megatron_tokenformer.data.tokenizers import Tokenizer
 
-# fastokens works without Python's lock, so up to this many workers can be threads: they start at once, share
-# its caches, and send nothing through pipes. Parsing does need the lock; more workers must be processes.
-_MOST_THREADS = 4
+# fastokens works without Python's lock, so up to this many workers can be threads: they start at once and
+# send nothing through pipes. Parsing does need the lock, and each thread has caches of up to 120 MB, of which
+# one process shall not hold many; more workers are processes.
+_MOST_THREADS = 2
 # Chunks under way beyond those being worked on: enough for all to be busy while the oldest is awaited.
 _WAITING = 4
 

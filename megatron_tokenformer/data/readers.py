@@ -20,7 +20,7 @@ from megatron_tokenformer.data.lines import Fields, parse_lines
 from megatron_tokenformer.data.problems import Problem
 from megatron_tokenformer.errors import UserError
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 1 << 20
 # A line beyond this goes to a file, and its text through the workers in pieces.
 LONG_LINE_BYTES = 8 << 20
 # Decompressors expand a whole block at once; a small block keeps even highly compressible input in bounds.

@@ -37,6 +37,14 @@ def test_overrides_win_and_numbers_like_6e_4_are_numbers(tmp_path: Path) -> None
     assert config.data.train == [(2.0, "b"), (1.0, "c")]
 
 
+def test_later_bases_win_over_earlier_ones_and_the_file_over_all(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("model: {layers: 3, hidden_size: 48}\ntraining: {steps: 7}")
+    (tmp_path / "two.yaml").write_text("model: {layers: 4}\ndata: {train: [[2, a], [1, b]]}")
+    config = load(tmp_path, "base: [one.yaml, two.yaml]\ntraining: {steps: 9}")
+    assert (config.model.layers, config.model.hidden_size, config.training.steps) == (4, 48, 9)
+    assert config.data.train == [(2.0, "a"), (1.0, "b")]
+
+
 def test_a_base_file_is_merged_key_by_key(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("model: {layers: 3}\ntraining: {steps: 7}")
     config = load(tmp_path, "base: base.yaml\nmodel: {hidden_size: 96}")
@@ -89,6 +97,8 @@ def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
         ("optimizer: {warmup_steps: 2000}", "optimizer.warmup_steps=2000 is more than training.steps=1000"),
         ("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas.1=1.0: input should be less than 1"),
         ("base: 5", "base=5 is not the name of a file"),
+        ("base: [run.yaml]", "is its own base"),
+        ("base: [5]", "base=5 is not the name of a file"),
         ("base: run.yaml", "is its own base"),
         ("[1, 2]", "holds list, not a mapping"),
         ("model: {", "is not valid YAML"),

@@ -10,6 +10,7 @@ import pytest
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.data.outputs import Names
 from megatron_tokenformer.model.language_model import full_shapes
 from megatron_tokenformer.progressive.plan import load_plan
 
@@ -25,6 +26,14 @@ NAMED = {
     "900m": 900,
     "1.5b": 1587,
 }
+
+
+# The values of meta.pile_set_name in the Pile's files.
+PILE = (
+    "Pile-CC, PubMed Central, Books3, OpenWebText2, ArXiv, Github, FreeLaw, StackExchange, USPTO Backgrounds, "
+    "PubMed Abstracts, Gutenberg (PG-19), OpenSubtitles, Wikipedia (en), DM Mathematics, Ubuntu IRC, "
+    "BookCorpus2, EuroParl, HackerNews, YoutubeSubtitles, PhilPapers, NIH ExPorter, Enron Emails"
+).split(", ")
 
 
 def check_size(config: RunConfig, name: str) -> None:
@@ -69,3 +78,14 @@ def test_the_demo_has_each_layout_and_comparable_losses() -> None:
         assert sum(map(math.prod, full_shapes(stage.config.model).values())) == parameter_count(
             stage.config.model
         )
+
+
+def test_the_piles_components_are_a_second_base_with_the_names_that_preprocessing_gives(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"base: [{CONFIGS}/tokenformer-124m.yaml, {CONFIGS}/data/pile.yaml]")
+    config = load_config(tmp_path / "run.yaml")
+    names = Names("data/pile", "text", overwrite=False)
+    assert {prefix for _, prefix in config.data.train} == {names.of(component) for component in PILE}
+    assert sum(weight for weight, _ in config.data.train) == pytest.approx(100.0)
+    assert config.model.tokens.qkv == 576
