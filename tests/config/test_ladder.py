@@ -30,9 +30,9 @@ NAMED = {
 
 # The values of meta.pile_set_name in the Pile's files.
 PILE = (
-    "Pile-CC, PubMed Central, Books3, OpenWebText2, ArXiv, Github, FreeLaw, StackExchange, USPTO Backgrounds, "
-    "PubMed Abstracts, Gutenberg (PG-19), OpenSubtitles, Wikipedia (en), DM Mathematics, Ubuntu IRC, "
-    "BookCorpus2, EuroParl, HackerNews, YoutubeSubtitles, PhilPapers, NIH ExPorter, Enron Emails"
+    "Pile-CC, PubMed Central, Books3, OpenWebText2, ArXiv, Github, FreeLaw, StackExchange, "
+    "USPTO Backgrounds, PubMed Abstracts, Gutenberg (PG-19), OpenSubtitles, Wikipedia (en), DM Mathematics, "
+    "Ubuntu IRC, BookCorpus2, EuroParl, HackerNews, YoutubeSubtitles, PhilPapers, NIH ExPorter, Enron Emails"
 ).split(", ")
 
 
