@@ -179,6 +179,8 @@ class Outputs:
             tokens = np.append(tokens, np.array([self._eod_id], self._dtype))
         writer.append_tokens(tokens)
         self._open_tokens += tokens.size
+        if self._open_tokens > np.iinfo(np.int32).max:
+            raise UserError("a document of more than 2,147,483,647 tokens: the index has no room for it", 1)
         if ends_document:
             writer.append_lengths(np.array([self._open_tokens]))
             writer.append_documents(np.array([writer.sequences]))
