@@ -194,6 +194,7 @@ def measure(args: argparse.Namespace, contenders: list[Contender], folder: Path)
         "workers": args.workers,
         "rounds": args.rounds,
         "documents": summary["documents"],
+        "empty_texts": summary["empty_texts"],
         "text_bytes": summary["text_bytes"],
         "tokens": summary["tokens"],
         "vocab_size": summary["tokenizer"]["vocab_size"],
@@ -245,7 +246,8 @@ def table(result: dict[str, Any]) -> str:
     loads = result["load_before_rounds"]
     rows = [
         f"{result['corpus']}: {result['text_bytes'] / 1e6:.0f} MB of text, "
-        f"{result['documents']:,} documents, {result['tokens']:,} tokens, "
+        f"{result['documents']:,} documents, {result['empty_texts']:,} empty texts, "
+        f"{result['tokens']:,} tokens, "
         f"vocabulary {result['vocab_size']:,}, {result['workers']} workers, {result['cores']} cores, "
         f"load {min(loads):.1f} to {max(loads):.1f} before the rounds, "
         f"median of {result['rounds']} rounds (lowest to highest)",

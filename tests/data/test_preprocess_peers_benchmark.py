@@ -123,6 +123,7 @@ def test_ratios_are_medians_of_the_rounds_own_and_the_table_shows_them(benchmark
             "corpus": "words",
             "text_bytes": 240_000_000,
             "documents": 1_234,
+            "empty_texts": 5,
             "tokens": 60_000_000,
             "vocab_size": 50_000,
             "workers": 2,
@@ -132,7 +133,7 @@ def test_ratios_are_medians_of_the_rounds_own_and_the_table_shows_them(benchmark
             "contenders": {"gpt-neox": figures},
         }
     )
-    assert shown.splitlines()[0].startswith("words: 240 MB of text, 1,234 documents, 60,000,000 tokens")
+    assert shown.splitlines()[0].startswith("words: 240 MB of text, 1,234 documents, 5 empty texts, ")
     assert [cell.strip() for cell in shown.splitlines()[-1].split("|")[1:-1]] == [
         "GPT-NeoX",
         "2.00 (1.50 to 6.00)",
