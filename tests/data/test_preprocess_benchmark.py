@@ -26,4 +26,6 @@ def test_the_benchmark_prints_a_table_and_writes_its_figures(tmp_path: Path) -> 
     ]
     figures = json.loads((tmp_path / "a.json").read_text())
     assert figures["tokens"] > 10_000
-    assert all(rate["median"] > 0 for rate in figures["tokens_per_second"].values())
+    rates = {name: rate["median"] for name, rate in figures["tokens_per_second"].items()}
+    # Start-up is taken off by subtraction: with so little input, a busy machine can leave less than none.
+    assert all(rate > 0 for name, rate in rates.items() if name != "rest")
