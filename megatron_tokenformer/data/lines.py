@@ -53,7 +53,7 @@ def parse_lines(data: bytes, path: str, first_line: int, fields: Fields) -> Pars
         fields: what is wanted.
     """
     try:
-        rows = [orjson.loads(line) for line in data.split(b"\n") if line]
+        rows = _decode_all(data)
         texts = [row[fields.json_key] for row in rows]
         components = [component(row, fields.split_by) for row in rows] if fields.split_by else []
     except (orjson.JSONDecodeError, KeyError, TypeError, BadLine):
@@ -62,6 +62,18 @@ def parse_lines(data: bytes, path: str, first_line: int, fields: Fields) -> Pars
         return Parsed(texts, components, [])
     # A blank line, a byte order mark, or a bad line.
     return _parse_carefully(data, path, first_line, fields)
+
+
+def _decode_all(data: bytes) -> list[Any]:
+    """The values of all lines, decoded where they are: a copy of each line would cost half as much again."""
+    rows, view, start = [], memoryview(data), 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        if end > start:
+            rows.append(orjson.loads(view[start:end]))
+        start = end + 1
+    return rows
 
 
 def document(row: Any, fields: Fields) -> tuple[str, str]:

@@ -123,11 +123,11 @@ class _Reader:
             if self.size < self.chunk_bytes:
                 continue
             if b"\n" in block:
-                yield self._cut(b"".join(self.pending[:-1]), block)
+                yield self._cut(self.pending[:-1], block)
             elif self.size > self.long_line_bytes:
                 joined = b"".join(self.pending)
                 if b"\n" in joined:
-                    yield self._cut(b"", joined)
+                    yield self._cut([], joined)
                 else:
                     yield from self._spool(blocks)
 
@@ -150,10 +150,10 @@ class _Reader:
         taken, self.reported = self.taken - self.reported, self.taken
         return taken
 
-    def _cut(self, before: bytes, block: bytes) -> Chunk:
+    def _cut(self, before: list[bytes], block: bytes) -> Chunk:
         """Give out all whole lines; ``block`` has a line's end, ``before`` is what comes before it."""
         cut = block.rfind(b"\n") + 1
-        data = before + block[:cut] if before else block[:cut]
+        data = b"".join([*before, memoryview(block)[:cut]])
         chunk = Chunk(self.path, self.line, data, self._report())
         self.line += data.count(b"\n")
         self.pending, self.size = [block[cut:]], len(block) - cut
