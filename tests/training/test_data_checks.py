@@ -24,10 +24,12 @@ from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.batches import open_blend
 from megatron_tokenformer.data.provenance import TokenizerRecord
+from megatron_tokenformer.data.tokenizer_training import train_tokenizer
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import save, train
 from megatron_tokenformer.training.run import open_run
+from tests.data.runs import json_lines
 from tests.descriptions import describe
 from tests.ranks import run_ranks
 from tests.toy import toy_config, write_tokens
@@ -95,8 +97,10 @@ def test_data_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
     one, bare = describe(write_tokens(tmp_path, "one"), ONE), write_tokens(tmp_path, "bare")
     other = describe(write_tokens(tmp_path, "other"), OTHER)
     model = tmp_path / "tokenizer.json"
-    model.write_bytes(b"a tokenizer")
-    right = describe(write_tokens(tmp_path, "right"), hashlib.sha256(b"a tokenizer").hexdigest(), str(model))
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["some text"]))
+    train_tokenizer([str(tmp_path / "a.jsonl")], "HFTokenizer", 260, str(model))
+    fingerprint = hashlib.sha256(model.read_bytes()).hexdigest()
+    right = describe(write_tokens(tmp_path, "right"), fingerprint, str(model))
     tokenizer = {"type": "HFTokenizer", "model": str(model)}
     configs = [
         short(tmp_path, data={"train": [[1, one], [1, bare], [1, other]]}),
