@@ -104,7 +104,8 @@ def _encode_texts(texts: list[str], component: str, tokenizer: Tokenizer, append
     ids, lengths = tokenizer.encode_flat([text for text in texts if text])
     lengths = lengths[lengths > 0]
     # An end of document spelled out in a text forges a boundary: Megatron's ids are kept, but it is told.
-    forged = int(np.count_nonzero(ids == tokenizer.eod_id))
+    own = tokenizer.encode("").count(tokenizer.eod_id)  # by the tokenizer's template
+    forged = int(np.count_nonzero(ids == tokenizer.eod_id)) - own * lengths.size
     assert not ids.size or ids.max() < tokenizer.vocab_size, "an id beyond the vocabulary"
     empty = len(texts) - lengths.size
     tokens = ids.astype(token_dtype(tokenizer.vocab_size))

@@ -112,7 +112,9 @@ class FastTokenizer:
         """
         try:
             return self.encode_unaided(texts)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a Rust library is no Exception
             if self._reference is None:
                 kind, arguments = self._recipe
                 print(f"note: a batch goes to {REFERENCES[kind]}: {_words(error)}", file=sys.stderr)

@@ -16,12 +16,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_tokenformer.data.index_layout import CODES, HEADER, MAGIC, document_lengths, parts
+from megatron_tokenformer.data.index_layout import CODES, HEADER, MAGIC, PART, document_lengths, parts
 from megatron_tokenformer.data.pair import open_pair, pair_paths
 from megatron_tokenformer.data.sidecar import discard_sidecar, publish_sidecar
 from megatron_tokenformer.errors import UserError
-
-_PART = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -180,7 +178,7 @@ class TokenFileWriter:
     def _write_tables(self) -> None:
         """Put pointers and boundaries behind the lengths, read back part by part, and fill in the header."""
         pointer = 0
-        for start, count in parts(self.sequences, _PART):
+        for start, count in parts(self.sequences, PART):
             self._idx.seek(HEADER.size + 4 * start)
             lengths = np.frombuffer(self._idx.read(4 * count), dtype=np.int32)
             ends = pointer + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
@@ -204,7 +202,7 @@ class TokenFileWriter:
             return self.documents
         self._boundaries.seek(0)
         last = b""
-        while block := self._boundaries.read(8 * _PART):
+        while block := self._boundaries.read(8 * PART):
             self._idx.write(block)
             last = block[-8:]
         return int.from_bytes(last, "little")
@@ -309,7 +307,7 @@ def _lock(file: BinaryIO, path: str) -> bool:
 
 def _write_range(file: BinaryIO, count: int) -> None:
     """Write 0, 1, 2, ... as i64: the boundaries of documents of one sequence each."""
-    for start, size in parts(count, _PART):
+    for start, size in parts(count, PART):
         file.write(np.arange(start, start + size, dtype=np.int64).data)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,38 +75,45 @@ class Journal:
         found = [read_sidecar(prefix) for prefix in prefixes] if same else []
         return [sidecar for sidecar in found if sidecar] or None
 
-    def read(self, inputs: Sequence[list[Any]], *, restart: bool = False, skipping: bool = True) -> Done:
-        """What an unfinished run has done of the present one; nothing if it was another run.
-
-        The files that such another run has left are removed, and that is told.
+    def read(self, inputs: Sequence[list[Any]], *, skipping: bool) -> Done:
+        """What an unfinished run has done of the present one; nothing if there is none.
 
         Args:
             inputs: path, bytes and time stamp of the files to read now; those already read must be the same.
-            restart: begin anew in any case.
             skipping: whether bad input may have been skipped.
 
         Raises:
-            UserError: the journal cannot be read, or its run is not dead.
+            UserError: the unfinished run was another one, or the journal cannot be read.
         """
         done, settings = self._load()
+        keys = {**settings, **self._settings}
+        changed = [key for key in keys if settings.get(key) != self._settings.get(key)]
         reason = None
-        if restart:
-            reason = "--restart"
-        elif settings != self._settings:
-            changed = [key for key, value in self._settings.items() if settings.get(key) != value]
-            reason = f"it had other settings ({', '.join(changed)})"
+        if changed:
+            reason = f"has other settings ({', '.join(changed)})"
         elif done.inputs != list(inputs[: len(done.inputs)]):
-            reason = "it read other input files, or they have changed"
+            reason = "has read other input files, or they have changed since"
         elif done.problems and not skipping:
-            reason = "it skipped bad input, which is now to fail"
-        if reason is None:
-            return done
-        if done.inputs:
-            print(f"note: an unfinished run is dropped, not continued: {reason}", file=sys.stderr)
-        for counts in done.outputs.values():
-            TokenFileWriter(counts.prefix, np.dtype(np.uint16)).discard()
+            reason = "has skipped bad input, which is now to fail"
+        if reason:
+            raise UserError(
+                f"an unfinished run of the same output {reason}; give its command again to go on with it, or "
+                "--restart to drop what it has done"
+            )
+        return done
+
+    def drop(self) -> None:
+        """Remove what an unfinished run has left.
+
+        Raises:
+            UserError: it is not dead.
+        """
+        with suppress(UserError):  # a damaged journal names no files
+            done, _ = self._load()
+            for counts in done.outputs.values():
+                # Opened to be sure that no process writes it.
+                TokenFileWriter(counts.prefix, np.dtype(np.uint16)).discard()
         self.remove()
-        return Done()
 
     def _load(self) -> tuple[Done, dict[str, Any]]:
         """What is in the file, with its settings; nothing done, with our settings, if there is none."""
@@ -123,7 +130,7 @@ class Journal:
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}", exit_code=1) from error
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{self.path} is damaged; remove it to begin anew", exit_code=1) from None
+            raise UserError(f"{self.path} is damaged; --restart begins anew", exit_code=1) from None
 
     @property
     def exists(self) -> bool:

@@ -1,9 +1,11 @@
 """Documents too long for memory: their text as pieces that together have the same tokens.
 
 A piece of a JSON string is a JSON string again, as long as no escape and no character is cut. A tokenizer
-gives two pieces the ids that it gives the whole if nothing of it reaches over the cut. So text is cut between
-a letter and a space before a letter, or after a line's end, where every usual splitting of text into words
-has a border, and only where the tokenizer gives the surroundings the same ids in two pieces as in one.
+gives two pieces the ids that it gives the whole if nothing of it reaches over the cut. So text is cut at the
+end of a word, where every usual splitting of text into words has a border, and only where the tokenizer gives
+the surroundings the same ids in two pieces as in one. (A unigram model of sentencepiece sums the scores
+of a whole text in single precision, so that on millions of ids its own choices waver: there a piece can
+differ from the whole.)
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ _BLOCK_BYTES = 1 << 20
 # Shorter strings stay in the line; only one beyond this is worth taking apart.
 _LONG_STRING_BYTES = 1 << 20
 _PIECE_BYTES = 2 << 20
-_TRIED_CUTS = 1_000
+# What ends a word; it goes with what follows, for white space is split by what comes after it.
+_NEWLINE = b"\\n"
+_MARKS = (b" ", _NEWLINE, b"\\r", "。".encode(), b"\\u3002")
+_TRIED_CUTS, _TRIED_FITS = 1_000, 40
 _CONTEXT_BYTES = 512
 _LONGEST_ESCAPE = len(r"\ud83d\ude00")
-_BACKSLASH = b"\\"[0]
+_SECOND_HALVES = (b"dc", b"dd", b"de", b"df")
+_BACKSLASH, _SPACE = b"\\ "
 
 Fits = Callable[[str, str], bool]
 
@@ -62,7 +68,9 @@ def read_pieces(line: LongLine, fields: Fields, fits: Fits) -> Iterator[TextPiec
         text = component = ""
         for _, bare in numbered_lines(skeleton, line.first_line):
             text, component = document(decode_line(bare), fields)
-        cuts = list(_find_cuts(line.file, *strings[text], fits)) if text in strings else []
+        # All long strings are decoded, the text's for its pieces, the others to see that they are sound.
+        found = {mark: list(_find_cuts(line.file, *span, fits)) for mark, span in strings.items()}
+        cuts = found.get(text, [])
     except BadLine as error:
         kind, reason = error.args
         problem = Problem(kind, f"{line.path}:{line.first_line}: {reason}")
@@ -136,7 +144,7 @@ def _find_cuts(file: BinaryIO, start: int, stop: int, fits: Fits) -> Iterator[in
     """
     block = b""
     while start + len(block) < stop:
-        wanted = max(_PIECE_BYTES, len(block) + _BLOCK_BYTES)
+        wanted = max(_PIECE_BYTES, len(block) + len(block) // 2)
         block += _read(file, start + len(block), min(stop, start + wanted))
         cut = len(block) if start + len(block) == stop else _cut(block, fits)
         if not cut:
@@ -145,37 +153,40 @@ def _find_cuts(file: BinaryIO, start: int, stop: int, fits: Fits) -> Iterator[in
             decode_line(b'"%b"' % block[:cut])
         except BadLine as error:
             kind, reason = error.args
-            raise BadLine(kind, f"{reason} (of the part from byte {start + 1} of the line on)") from None
+            reason = reason.replace("of the line", "of a part")
+            raise BadLine(kind, f"{reason} (the part begins at byte {start + 1} of the line)") from None
         yield start + cut
         start, block = start + cut, block[cut:]
 
 
 def _cut(block: bytes, fits: Fits) -> int:
     """The last good place to cut the block at, or 0."""
-    end = len(block) - _CONTEXT_BYTES
+    places = {mark: block.rfind(mark, 0, len(block) - _CONTEXT_BYTES) for mark in _MARKS}
+    misfits = 0
     for _ in range(_TRIED_CUTS):
-        space, newline = block.rfind(b" ", 0, end), block.rfind(b"\\n", 0, end)
-        end = max(space, newline)
-        if end < _CONTEXT_BYTES:
-            return 0
-        cut = end if end == space else end + 2
-        if _between_words(block[cut - 4 : cut], block[cut : cut + 2]) and _fits_at(block, cut, fits):
-            return cut
+        mark, place = max(places.items(), key=lambda item: item[1])
+        if place < _CONTEXT_BYTES or misfits == _TRIED_FITS:
+            break
+        # Only this one has to be looked for again; one that is nowhere is looked for once.
+        places[mark] = block.rfind(mark, 0, place)
+        if _ends_word(block[place - 2 : place]):
+            if _fits_at(block, place, fits):
+                return place
+            misfits += 1
     return 0
 
 
-def _between_words(before: bytes, after: bytes) -> bool:
-    """Whether a letter and a space before a letter, or a single line's end and a letter, meet here."""
-    if after[:1] == b" ":
-        return before[3:].isalnum() and before[2:3] != b"\\" and after[1:].isalnum()
-    ends_line = before[2:] == b"\\n" and before[1:2] not in (b"\\", b" ") and before[:1] != b"\\"
-    return ends_line and (after[:1].isalpha() or after[0] > 127)
+def _ends_word(before: bytes) -> bool:
+    """Whether neither a space nor a short escape, which may be white space too, stands here."""
+    return before[:1] != b"\\" and before[1:] not in (b" ", b"\\")
 
 
 def _fits_at(block: bytes, cut: int, fits: Fits) -> bool:
     """Whether what surrounds the cut has the same ids in two pieces as in one."""
     start = next(filter(partial(_is_safe, block), range(cut - _CONTEXT_BYTES, cut)), cut)
     stop = next(filter(partial(_is_safe, block), range(cut + _CONTEXT_BYTES - 1, cut, -1)), cut)
+    if start == cut or stop == cut:
+        return False
     try:
         left, right = (orjson.loads(b'"%b"' % part) for part in (block[start:cut], block[cut:stop]))
     except orjson.JSONDecodeError:
@@ -185,7 +196,15 @@ def _fits_at(block: bytes, cut: int, fits: Fits) -> bool:
 
 def _is_safe(block: bytes, place: int) -> bool:
     """Whether a piece of a JSON string may begin here: not inside of a character, nor of an escape."""
-    return block[place] & 0xC0 != 0x80 and b"\\" not in block[max(0, place - _LONGEST_ESCAPE) : place]
+    if block[place] == _SPACE:
+        return True
+    before = block[max(0, place - _LONGEST_ESCAPE) : place]
+    if before[-2:] == _NEWLINE and before[-3:-2] != b"\\":
+        return True
+    if block[place : place + 2] == b"\\u":
+        # The second half of a pair of escapes belongs to the first.
+        return before[-1:] != b"\\" and block[place + 2 : place + 4].lower() not in _SECOND_HALVES
+    return block[place] & 0xC0 != 0x80 and b"\\" not in before
 
 
 def _read(file: BinaryIO, start: int, stop: int) -> bytes:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_tokenformer.data.index_layout import parts
 from megatron_tokenformer.data.indexed import TokenFileWriter
+from megatron_tokenformer.data.inputs import parse_shard
 from megatron_tokenformer.data.pair import Pair, open_pair, pair_paths, require_pair
 from megatron_tokenformer.data.provenance import one_tokenizer, tokenizer_of
 from megatron_tokenformer.data.sidecar import merge_sidecars, sidecar_path, write_sidecar
@@ -48,6 +50,7 @@ def merge_datasets(
     for other in found[1:]:
         _check_fit(found[0], other)
     sidecars = [part.sidecar for part in found if part.sidecar is not None]
+    _check_shards(sidecars)
     total = sum(part.token_bytes + 12 * part.index.sequences + 8 * part.index.documents for part in found)
     try:
         with (
@@ -105,6 +108,22 @@ def _check_fit(first: Pair, other: Pair) -> None:
         if bool(first.sidecar.get(key)) != bool(other.sidecar.get(key)):
             made, bare = (first, other) if first.sidecar.get(key) else (other, first)
             raise UserError(f"{made.prefix} was made with --{key.replace('_', '-')}, {bare.prefix} without")
+
+
+def _check_shards(sidecars: list[dict[str, Any]]) -> None:
+    """Refuse shards of one run that are not in order, and tell if some are missing."""
+    shards = [parse_shard(sidecar["shard"]) for sidecar in sidecars if "shard" in sidecar]
+    counts = {count for _, count in shards}
+    if len(shards) != len(sidecars) or len(counts) != 1:
+        return
+    (count,), given = counts, [index for index, _ in shards]
+    if given != sorted(set(given)):
+        told = ", ".join(map(str, given))
+        raise UserError(f"shards {told} of {count} are not in order; give each once, 0 to {count - 1}")
+    missing = sorted(set(range(count)) - set(given))
+    if missing:
+        told = ", ".join(map(str, missing))
+        print(f"note: shards {told} of {count} are missing", file=sys.stderr)
 
 
 def _append(writer: TokenFileWriter, part: Pair, report: Callable[[int], object]) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -109,8 +110,8 @@ class Outputs:
         Args:
             identity: path, bytes and time stamp.
         """
-        self._done.inputs.append(identity)
-        self._done = Done(self._done.inputs, deepcopy(self.counts), self.problems.as_json())
+        # In one assignment: an interrupt before it leaves the old state whole, one after it the new.
+        self._done = Done([*self._done.inputs, identity], deepcopy(self.counts), self.problems.as_json())
         if self._journal.is_due():
             self.save()
 
@@ -129,8 +130,9 @@ class Outputs:
         for component, writer in self._writers.items():
             write_sidecar(writer.prefix, descriptions[component])
             writer.complete()
-        self._done.complete = True
-        self._journal.write(self._done)
+        complete = replace(self._done, complete=True)
+        self._journal.write(complete)
+        self._done = complete
         for writer in self._writers.values():
             writer.publish()
         self._journal.remove()
@@ -156,7 +158,8 @@ class Outputs:
             discard_sidecar(writer.prefix)
             writer.close() if kept else writer.discard()
         if not kept:
-            self._journal.remove()
+            if self._writers:  # their locks say that it is not another process's
+                self._journal.remove()
             return
         print(
             f"note: {len(self._done.inputs)} input files are done; the same command goes on after them "

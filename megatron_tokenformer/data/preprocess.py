@@ -103,8 +103,10 @@ def preprocess(inputs: Sequence[str], output_prefix: str, job: Job, options: Opt
     )
     identities = [_identity(path) for path in paths]
     try:
+        if options.restart:
+            journal.drop()
         published = journal.publish(identities)
-        if published and not options.restart:
+        if published:
             return Result(published, Tally(published[0].get("problems")), len(paths))
         names = Names(output_prefix, job.json_key, options.overwrite)
         if not job.split_by:
@@ -128,7 +130,7 @@ def _run(
 ) -> Result:
     paths = [path for path, _, _ in identities]
     sizes = [size for _, size, _ in identities]
-    done = journal.read(identities, restart=options.restart, skipping=options.on_error == "skip")
+    done = journal.read(identities, skipping=options.on_error == "skip")
     resumed = len(done.inputs)
     eod_id = tokenizer.eod_id if job.append_eod else None
     with (
@@ -204,7 +206,7 @@ def _describe(
         **_settings(job),
         "tokenizer": {
             "type": job.tokenizer_type,
-            "backend": getattr(tokenizer, "backend", None),
+            "backend": tokenizer.backend,
             "model": job.tokenizer_model,
             **tokenizer.options,
             "fingerprint": tokenizer.fingerprint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from megatron_tokenformer.errors import UserError
@@ -38,7 +39,7 @@ class Tally:
     """How often each kind of problem was met, and where first."""
 
     def __init__(self, counted: dict[str, Any] | None = None) -> None:
-        self._counted: dict[str, dict[str, Any]] = dict(counted or {})
+        self._counted: dict[str, dict[str, Any]] = deepcopy(counted or {})
 
     def add(self, problems: Iterable[Problem]) -> None:
         """Count the problems."""
@@ -51,7 +52,7 @@ class Tally:
 
     def as_json(self) -> dict[str, Any]:
         """``{kind: {"count": n, "first": [message]}}``: a list, so that joined datasets keep each part's."""
-        return {kind: dict(found) for kind, found in self._counted.items()}
+        return deepcopy(self._counted)
 
     def lines(self) -> list[str]:
         """One line for each kind, for the terminal."""

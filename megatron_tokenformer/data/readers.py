@@ -23,8 +23,9 @@ from megatron_tokenformer.errors import UserError
 CHUNK_BYTES = 1 << 20
 # A line beyond this goes to a file, and its text through the workers in pieces.
 LONG_LINE_BYTES = 8 << 20
-# Decompressors expand a whole block at once; a small block keeps even highly compressible input in bounds.
 _BLOCK_BYTES = 128 << 10
+# zstd expands all that it is given at once, and 4 bytes can stand for 128 KB: this many give at most 32 MB.
+_ZSTD_BYTES = 1 << 10
 _SAMPLED_FILES = 8
 
 
@@ -206,13 +207,9 @@ def _decompressed_blocks(path: str, count: Callable[[int], None]) -> Iterator[by
     with open(path, "rb", buffering=0) as file:
         blocks = _raw_blocks(file, count)
         if path.endswith(".gz"):
-            yield from _decompress(blocks, lambda: zlib.decompressobj(wbits=31))
+            yield from _decompress(blocks, _GzipMember)
         elif path.endswith(".zst"):
-            import zstandard
-
-            # Archives packed with --long need more than the default window.
-            decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-            yield from _decompress(blocks, decompressor.decompressobj)
+            yield from _decompress(blocks, _ZstdFrame)
         else:
             yield from blocks
 
@@ -223,7 +220,9 @@ def _raw_blocks(file: Any, count: Callable[[int], None]) -> Iterator[bytes]:
         yield block
 
 
-def _decompress(blocks: Iterator[bytes], new_frame: Callable[[], Any]) -> Iterator[bytes]:
+def _decompress(
+    blocks: Iterator[bytes], new_frame: Callable[[], _GzipMember | _ZstdFrame]
+) -> Iterator[bytes]:
     """Decompress a stream of any number of frames (gzip: members); EOFError if the last one is not finished.
 
     The stream readers of both libraries take a cut file for its end, so the frames are driven by hand.
@@ -232,13 +231,62 @@ def _decompress(blocks: Iterator[bytes], new_frame: Callable[[], Any]) -> Iterat
     for block in blocks:
         while block:
             if frame is None:
+                # Behind a frame, zeros are padding.
+                block = block.lstrip(b"\0") if frames else block
+                if not block:
+                    break
                 frame, frames = new_frame(), frames + 1
-            yield frame.decompress(block)
-            if not frame.eof:
+            yield from frame.expand(block)
+            if not frame.ended:
                 break
-            block, frame = frame.unused_data, None
+            block, frame = frame.unused, None
     if frame is not None or frames == 0:
         raise EOFError
+
+
+class _GzipMember:
+    """One member of a ``.gz``, expanded in blocks of bounded size."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)
+
+    @property
+    def ended(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused(self) -> bytes:
+        """What came after its end."""
+        return self._inner.unused_data
+
+    def expand(self, block: bytes) -> Iterator[bytes]:
+        while block and not self._inner.eof:
+            yield self._inner.decompress(block, CHUNK_BYTES)
+            block = self._inner.unconsumed_tail
+
+
+class _ZstdFrame:
+    """One frame of a ``.zst``, likewise."""
+
+    def __init__(self) -> None:
+        import zstandard
+
+        # Archives packed with --long need more than the default window.
+        self._inner = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self.unused = b""
+
+    @property
+    def ended(self) -> bool:
+        return self._inner.eof
+
+    def expand(self, block: bytes) -> Iterator[bytes]:
+        for start in range(0, len(block), _ZSTD_BYTES):
+            data = self._inner.decompress(block[start : start + _ZSTD_BYTES])
+            for cut in range(0, len(data), CHUNK_BYTES):
+                yield data[cut : cut + CHUNK_BYTES] if len(data) > CHUNK_BYTES else data
+            if self._inner.eof:
+                self.unused = self._inner.unused_data + block[start + _ZSTD_BYTES :]
+                return
 
 
 def _write(file: BinaryIO, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,7 @@ class ByteTokenizer:
     vocab_size = 257
     eod_id = 256
     options: dict[str, Any] = {}
+    backend = None
     fingerprint = hash_of(b"ByteTokenizer")
 
     def encode(self, text: str) -> list[int]:
@@ -141,6 +143,7 @@ class SentencePieceTokenizer:
             raise UserError(f"{model!r} has no end-of-sentence piece, which is needed to end documents")
         self.vocab_size: int = self._backend.get_piece_size()
         self.options: dict[str, Any] = {}
+        self.backend = f"sentencepiece {version('sentencepiece')}"
         self.fingerprint = hash_of(read_model(model))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -251,7 +251,7 @@ def test_chunks_do_not_change_ids(corpus: Path, reference: HFTokenizer, fast: Fa
     assert np.array_equal(ids, reference.encode_flat([text for part in texts for text in part]).ids)
 
 
-@pytest.mark.parametrize("workers", [None, 1, 2])
+@pytest.mark.parametrize("workers", [None, 1, 3])
 def test_the_tool_never_imports_torch_or_transformers(
     workers: int | None, corpus: Path, reference: HFTokenizer, tmp_path: Path
 ) -> None:

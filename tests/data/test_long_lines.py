@@ -78,6 +78,33 @@ def test_pieces_have_the_ids_of_the_whole(tokenizer: Tokenizer, seed: int, ascii
     assert sum(piece.input_bytes for piece in pieces) == 1234
 
 
+@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize(
+    "sentence",
+    ["Слова без конца строки ", "日本語の文章。", "слово,\n", "1,2.5,x\n", "한국어 문장 ", "word\r\nword "],
+)
+def test_texts_of_other_scripts_and_tables_are_cut_too(
+    tokenizer: Tokenizer, sentence: str, ascii_only: bool
+) -> None:
+    text = sentence * (9_000 // len(sentence))
+    data = json.dumps({"text": text}, ensure_ascii=ascii_only).encode()
+    pieces = list(read_pieces(as_line(data), Fields(), same_ids(tokenizer)))
+    texts = [orjson.loads(piece.text) for piece in pieces]
+    assert len(texts) > 2
+    assert "".join(texts) == text
+    assert [i for part in texts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+def test_a_place_to_cut_is_looked_for_once_and_not_for_ever() -> None:
+    tried = []
+    data = orjson.dumps({"text": "слова " * 5_000})
+    (piece,) = read_pieces(as_line(data), Fields(), lambda left, right: bool(tried.append(left)))
+    assert piece.ends_document
+    # The blocks grow by half each time, from 2,000 bytes to 55,000, and each is tried a few times.
+    assert len(tried) <= 10 * long_lines._TRIED_FITS
+    assert all(tried)
+
+
 def test_hard_texts_have_the_ids_of_the_whole(tokenizer: Tokenizer) -> None:
     text = " word ".join(HARD_TEXTS)
     data = orjson.dumps({"text": text})
@@ -131,7 +158,8 @@ LONG = b"two words " * 300
         (b'{"text": "' + LONG, problems.MALFORMED_JSON, "malformed JSON"),
         (b'{"text": "' + LONG + b'"', problems.MALFORMED_JSON, "malformed JSON"),
         (b'{"text": "' + LONG + b'\xff more"}', problems.INVALID_UTF8, "byte 0xff"),
-        (b'{"text": "' + LONG + b"\\x" + LONG + b'"}', problems.MALFORMED_JSON, "from byte"),
+        (b'{"text": "' + LONG + b"\\x" + LONG + b'"}', problems.MALFORMED_JSON, "begins at byte"),
+        (b'{"text": "' + LONG + b'", "x": "' + LONG + b'\xff"}', problems.INVALID_UTF8, "byte 0xff"),
         (b'{"body": "' + LONG + b'"}', problems.NO_TEXT, "the object has 'body'"),
         (b'["' + LONG + b'"]', problems.NO_OBJECT, "found list"),
         (b'{"text": 1, "body": "' + LONG + b'"}', problems.TEXT_NO_STRING, "int, not a string"),

@@ -115,3 +115,19 @@ def test_shards_of_components_merge_too(tmp_path: Path, inputs: list[str]) -> No
         parts = [str(tmp_path / f"part-{index}_{slug}_text_document") for index in range(2)]
         merge_datasets(parts, str(tmp_path / f"merged_{slug}_text_document"))
         assert output_bytes(tmp_path / f"merged_{slug}") == output_bytes(tmp_path / f"whole_{slug}")
+
+
+def test_shards_out_of_order_or_given_twice_are_refused_and_missing_ones_told(
+    tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(3):
+        preprocess(inputs, str(tmp_path / f"part-{index}"), BYTES, Options(shard=(index, 3)))
+    parts = [str(tmp_path / f"part-{index}_text_document") for index in range(3)]
+    for ending in (".bin", ".idx", ".json"):
+        Path(f"{tmp_path}/copy{ending}").write_bytes(Path(f"{parts[1]}{ending}").read_bytes())
+    for given in ([parts[0], parts[2], parts[1]], [*parts, str(tmp_path / "copy")]):
+        with pytest.raises(UserError, match="are not in order; give each once, 0 to 2"):
+            merge_datasets(given, str(tmp_path / "merged"))
+    assert "missing" not in capsys.readouterr().err
+    merge_datasets(parts[1:], str(tmp_path / "merged"))
+    assert "note: shards 0 of 3 are missing" in capsys.readouterr().err

@@ -7,10 +7,12 @@ import random
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
+from megatron_tokenformer.data import outputs
 from megatron_tokenformer.data.encode import Job
 from megatron_tokenformer.data.journal import Journal
 from megatron_tokenformer.data.preprocess import Options, preprocess
@@ -79,7 +81,7 @@ def test_runs_killed_at_any_moment_end_with_the_bytes_of_one_that_was_not(tmp_pa
     code = (
         "import sys; from megatron_tokenformer.data.journal import Journal;"
         "from megatron_tokenformer.data.preprocess import preprocess; from tests.data.runs import BYTES;"
-        "Journal.is_due = lambda self: True; print('ready', flush=True);"
+        "Journal.is_due = lambda self: print('finished', flush=True) or True;"
         "print('resumed', preprocess(sys.argv[1:2], sys.argv[2], BYTES).resumed)"
     )
     command = [sys.executable, "-c", code, inputs, str(tmp_path / "out")]
@@ -88,38 +90,85 @@ def test_runs_killed_at_any_moment_end_with_the_bytes_of_one_that_was_not(tmp_pa
         process = subprocess.Popen(
             command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        assert process.stdout.readline() == "ready\n"
-        try:
-            process.wait(generator.uniform(0.01, 0.15) * (1 + kills / 10))
-        except subprocess.TimeoutExpired:
+        # It tells each input that it has finished, and is killed after some of them, wherever it then is.
+        told = [process.stdout.readline() for _ in range(1 + generator.randrange(6))]
+        if kills < 8:
             process.send_signal(signal.SIGKILL)
+        told += process.stdout.readlines()
         process.wait()
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL
         kills += 1
+    assert kills > 3
+    assert int(told[-1].removeprefix("resumed ")) > 0
     assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "whole")
-    outputs = [f"{run}_text_document.{end}" for run in ("out", "whole") for end in ("bin", "idx", "json")]
-    assert names(tmp_path) == ["in", *outputs]
+    left = [f"{run}_text_document.{end}" for run in ("out", "whole") for end in ("bin", "idx", "json")]
+    assert names(tmp_path) == ["in", *left]
 
 
-@pytest.mark.parametrize("change", ["settings", "input", "restart"])
-def test_another_run_begins_anew_and_says_why(
-    tmp_path: Path, inputs: list[str], change: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("settings", r"other settings \(append_eod\)"),
+        ("component", r"other settings \(split_by\)"),
+        ("input", "has read other input files, or they have changed"),
+    ],
+)
+def test_another_run_is_refused_with_the_reason_until_told_to_begin_anew(
+    tmp_path: Path, inputs: list[str], change: str, reason: str
 ) -> None:
     content = break_file(inputs[5])
+    first = BYTES._replace(split_by="meta.set") if change == "component" else BYTES
     with pytest.raises(UserError):
-        preprocess(inputs, str(tmp_path / "out"), BYTES)
+        preprocess(inputs, str(tmp_path / "out"), first)
     Path(inputs[5]).write_bytes(content)
     job = Job("ByteTokenizer", None) if change == "settings" else BYTES
     if change == "input":
         os.utime(inputs[2], (0, 0))
-    result = preprocess(inputs, str(tmp_path / "out"), job, Options(restart=change == "restart"))
-    assert result.resumed == 0
-    reason = {"settings": "other settings (append_eod)", "input": "have changed", "restart": "--restart"}
-    assert reason[change] in capsys.readouterr().err
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=reason) as caught:
+        preprocess(inputs, str(tmp_path / "out"), job)
+    assert caught.value.exit_code == 2
+    assert names(tmp_path) == before
+    assert preprocess(inputs, str(tmp_path / "out"), job, Options(restart=True)).resumed == 0
     preprocess(inputs, str(tmp_path / "whole"), job)
     assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "whole")
+    assert not [name for name in names(tmp_path) if name.endswith((".tmp", ".journal"))]
+
+
+def test_an_interrupt_while_a_file_is_noted_loses_nothing(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+
+    def interrupted(value: object) -> object:
+        copies.append(value)
+        if len(copies) == 4:
+            raise KeyboardInterrupt
+        return deepcopy(value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "deepcopy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(inputs, str(tmp_path / "out"), BYTES)
+    assert preprocess(inputs, str(tmp_path / "out"), BYTES).resumed > 0
+    preprocess(inputs, str(tmp_path / "whole"), BYTES)
+    assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "whole")
+
+
+def test_each_problem_is_counted_once_however_often_a_run_stops(tmp_path: Path, inputs: list[str]) -> None:
+    break_file(inputs[1])
+    bad = break_file(inputs[2])
+    for _ in range(3):
+        Path(inputs[2]).write_bytes(bad[:100] + b"\n" + bad[100:] + json_lines(["x"], meta={"set": "//"}))
+        with pytest.raises(UserError, match="no letter"):
+            job = BYTES._replace(split_by="meta.set")
+            preprocess(inputs, str(tmp_path / "out"), job, Options(on_error="skip"))
+    Path(inputs[2]).write_bytes(bad)
+    result = preprocess(inputs, str(tmp_path / "out"), job, Options(on_error="skip"))
+    assert result.resumed == 2
+    assert result.datasets[0]["problems"]["malformed JSON"]["count"] == 2
 
 
 def test_what_was_skipped_before_is_still_counted_and_is_not_taken_for_good(
@@ -136,16 +185,20 @@ def test_what_was_skipped_before_is_still_counted_and_is_not_taken_for_good(
     result = preprocess(inputs, str(tmp_path / "out"), job, skip)
     assert result.resumed == 6
     assert result.datasets[0]["problems"]["malformed JSON"]["count"] == 4
-    with pytest.raises(UserError, match=r"1\.jsonl:4: malformed"):
+    with pytest.raises(UserError, match="has skipped bad input, which is now to fail"):
         preprocess(inputs, str(tmp_path / "again"), job)
+    with pytest.raises(UserError, match=r"1\.jsonl:4: malformed"):
+        preprocess(inputs, str(tmp_path / "again"), job, Options(restart=True))
 
 
 def test_a_damaged_journal_is_named(tmp_path: Path, inputs: list[str]) -> None:
     path = tmp_path / "out_text_document.journal"
     for content in ("{", "[]", '{"done": 1}', '{"version": 2, "settings": {}, "done": {}}'):
         path.write_text(content)
-        with pytest.raises(UserError, match=f"{path} is damaged; remove it"):
+        with pytest.raises(UserError, match=f"{path} is damaged; --restart"):
             preprocess(inputs, str(tmp_path / "out"), BYTES)
+    preprocess(inputs, str(tmp_path / "out"), BYTES, Options(restart=True))
+    assert not path.exists()
 
 
 def test_two_runs_do_not_write_the_same_output(tmp_path: Path, inputs: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,3 +159,26 @@ def test_long_lines_come_alone_and_nothing_is_lost_beside_them(
                 line += chunk.data.count(b"\n")
         assert found.removesuffix(b"\n") == data.removesuffix(b"\n")
         assert list(read_texts([str(path)])) == ["x" * length for length in texts]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_what_compresses_a_thousandfold_is_expanded_bit_by_bit(tmp_path: Path, suffix: str) -> None:
+    line = lines_of(["x" * 1000])
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(PACK[suffix](line * 200_000))
+    tracemalloc.start()
+    lines = 0
+    for chunk in read_chunks(str(path)):
+        lines += chunk.data.count(b"\n")
+        assert len(chunk.data) < 3 * readers.CHUNK_BYTES
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lines == 200_000
+    assert peak < 80e6  # of 200 MB
+
+
+def test_zeros_behind_a_gzip_member_are_padding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    member = gzip.compress(lines_of(["one"]))
+    path.write_bytes(member + bytes(1000) + member + bytes(200_000))
+    assert texts_in(path) == ["one", "one"]
