@@ -8,11 +8,11 @@ at it when it comes to the next save, which is at the same step on every rank.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +50,7 @@ class Saver:
         self, folder: Path, settings: Checkpoint, layout: Layout, say: Callable[[str], None]
     ) -> None:
         self.folder, self.settings, self.layout, self._say = folder, settings, layout, say
-        self._memory = torch.empty(0)
+        self._memory: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._failures = 0
@@ -133,18 +133,26 @@ class Saver:
             self._thread = None
 
     @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> Sequence[Tensor]:
-        """Copies in host memory that is taken once, in blocks of BLOCK_ELEMENTS."""
-        total = sum(value.numel() for value in values)
+    def _copy(self, values: list[Tensor]) -> list[Tensor]:
+        """Copies in host memory that is taken once."""
         on_gpu = self.layout.device.type == "cuda"
-        if self._memory.numel() != total:
-            # Pinned, a GPU copies into it at the speed of the bus.
-            self._memory = torch.empty(total, dtype=torch.float32, pin_memory=on_gpu)
-        for value, place in zip(values, self._memory.split([value.numel() for value in values])):
-            place.copy_(value, non_blocking=True)
+        if not self._memory:
+            total = sum(value.numel() for value in values)
+            # Pinned, as a GPU copies into it at the speed of the bus.  Pinned memory is rounded up to a power
+            # of two: blocks that are one waste nothing.
+            self._memory = [
+                torch.empty(min(BLOCK_ELEMENTS, total - first), dtype=torch.float32, pin_memory=on_gpu)
+                for first in range(0, total, BLOCK_ELEMENTS)
+            ]
+        at = 0
+        for value in values:
+            while value.numel():
+                place = self._memory[at // BLOCK_ELEMENTS][at % BLOCK_ELEMENTS :][: value.numel()]
+                place.copy_(value[: place.numel()], non_blocking=True)
+                at, value = at + place.numel(), value[place.numel() :]
         if on_gpu:
             torch.cuda.synchronize(self.layout.device)
-        return self._memory.split(BLOCK_ELEMENTS)
+        return self._memory
 
 
 def write_together(
@@ -174,7 +182,7 @@ def write_together(
     try:
         main_alone(lambda: store.make_empty(temporary))
         shards = [shard for shard in all_or_none(manifest.step, write_own, group) if shard]
-        main_alone(lambda: store.publish(temporary, replace(manifest, shards=shards)))
+        main_alone(lambda: _publish(temporary, replace(manifest, shards=shards)))
     except UserError:
         if layout.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # gives a full disk its space back
@@ -200,10 +208,22 @@ def _write_verified(
 ) -> Shard:
     """Write a rank's shard, and read it back from the disk."""
     path = folder / f"rank-{rank:05d}.safetensors"
-    try:
+    with _named(path):
         shard = write_shard(path, intervals, states, data)
-    except OSError as error:  # that of a write does not know the file
-        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
     drop_from_cache(path)
     verify_shard(folder, shard, lambda _: None)
     return shard
+
+
+def _publish(temporary: Path, manifest: Manifest) -> None:
+    with _named(temporary):
+        store.publish(temporary, manifest)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name a file in the error of a write, which does not know it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None

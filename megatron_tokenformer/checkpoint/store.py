@@ -112,14 +112,15 @@ def retain(folder: Path, keep_last: int, keep_every: int, newest: Path) -> None:
     """
     counted = [path for path in complete_checkpoints(folder) if _step(path) <= _step(newest)]
     for path in counted[:-keep_last]:
-        if keep_every == 0 or _step(path) % keep_every:
-            try:
-                # First another name: what is half deleted is not to be found.
-                deleted = path.rename(path.with_name(f".{path.name}{DELETED}"))
-                _sync_folder(folder)
-                shutil.rmtree(deleted)
-            except OSError as error:
-                print(f"warning: cannot delete {path}: {error.strerror}", flush=True)
+        if keep_every and _step(path) % keep_every == 0:
+            continue
+        try:
+            # First another name: what is half deleted is not to be found.
+            deleted = path.rename(path.with_name(f".{path.name}{DELETED}"))
+            _sync_folder(folder)
+            shutil.rmtree(deleted)
+        except OSError as error:
+            print(f"warning: cannot delete {path}: {error.strerror}", flush=True)
 
 
 def clear_leftovers(folder: Path) -> None:

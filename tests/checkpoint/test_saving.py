@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from megatron_tokenformer.checkpoint.engine_state import Fragment
+from megatron_tokenformer.checkpoint.manifest import STATES, Interval, read_manifest
+from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS, IntervalReader
 from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
@@ -20,6 +24,9 @@ from megatron_tokenformer.training.loop import train
 from tests.checkpoint.saves import TENSORS, WIDTH, fill, manifest, open_saver, state, stored_value
 from tests.ranks import run_ranks
 from tests.toy import toy_config
+
+LARGE = BLOCK_ELEMENTS * 3 // 4
+"""elements of a tensor whose three states lie in three blocks, two of them across a border"""
 
 
 def names(folder: Path) -> list[str]:
@@ -41,6 +48,25 @@ def test_a_checkpoint_is_of_its_moment_however_training_goes_on(tmp_path: Path) 
     run_ranks(2, change_while_saving, tmp_path)
     assert stored_value(find_checkpoint(tmp_path)) == 1.0
     assert names(tmp_path) == ["latest", "step-00000001"]
+
+
+def save_large(layout: Layout, folder: Path) -> None:
+    values = {key: torch.arange(LARGE) + number * LARGE for number, key in enumerate(STATES)}
+    held = Fragment(
+        Interval("large", 0, LARGE), {key: value.float() for key, value in values.items()}, owned=True
+    )
+    with open_saver(layout, folder, print) as saver:
+        for step in (1, 2):
+            saver.start(replace(manifest(layout, step), shapes={"large": [LARGE]}), [held])
+
+
+def test_a_state_of_several_blocks_is_stored_element_for_element(tmp_path: Path) -> None:
+    run_ranks(1, save_large, tmp_path)
+    for path in complete_checkpoints(tmp_path):
+        reader = IntervalReader(path, read_manifest(path))
+        for number, key in enumerate(STATES):
+            pieces = [values for _, values in reader.read(Interval("large", 0, LARGE), key)]
+            assert torch.equal(torch.cat(pieces), (torch.arange(LARGE) + number * LARGE).float())
 
 
 def save_and_look(layout: Layout, folder: Path, asynchronous: bool, last: bool) -> list[str]:
