@@ -44,6 +44,7 @@ def train_steps(run: Run) -> None:
     clock = StepClock(progress.step)
     while progress.step < training.steps:
         loss = train_step(run, batches)
+        run.continuity.stepped(progress.step, progress.position, loss)
         if progress.step % training.log_interval == 0 or progress.step == training.steps:
             progress.loss = loss.item()
             log_step(run, clock.seconds_per_step(progress.step))
@@ -134,11 +135,13 @@ def save(run: Run) -> None:
     zero, module = run.engine.deepspeed.optimizer, run.engine.deepspeed.module
     manifest = engine_state.with_optimizer(run.progress.manifest(run.config, run.layout), zero)
     held = engine_state.fragments(module, zero, run.layout)
+    run.continuity.saved(run.progress.step)
     run.saver.start(manifest, held, last=run.progress.step == run.config.training.steps)
 
 
 def finish(run: Run) -> None:
     """Record that the run has all its steps; launchers' exit codes do not prove it."""
+    run.continuity.write()
     if run.layout.is_main:
         progress = run.progress
         record = {

@@ -24,6 +24,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import full_shapes
 from megatron_tokenformer.parallel.layout import Layout, from_main_rank, on_all_ranks
 from megatron_tokenformer.training.announce import announce
+from megatron_tokenformer.training.continuity import Continuity
 from megatron_tokenformer.training.engine import Engine, build_engine
 from megatron_tokenformer.training.metrics import MetricsLog
 from megatron_tokenformer.training.progress import Progress
@@ -44,6 +45,7 @@ class Run:
     progress: Progress
     log: MetricsLog
     saver: Saver
+    continuity: Continuity
 
     @property
     def folder(self) -> Path:
@@ -84,13 +86,15 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     engine = build_engine(config, layout, accumulation)
     if restored:
         engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
+    folder = checkpoint_folder(config)
+    continuity = Continuity(config, layout, folder, engine.precision, path, progress.position)
     # At step 0 the first thing that a run does is to measure and log it again.
     with (
         MetricsLog(config, progress.step or -1, layout.is_main) as log,
-        Saver(checkpoint_folder(config), config.checkpoint, layout, log.say) as saver,
+        Saver(folder, config.checkpoint, layout, log.say) as saver,
     ):
         data = (training_data, validation_data, eod_id)
-        run = Run(config, layout, engine, accumulation, *data, progress, log, saver)
+        run = Run(config, layout, engine, accumulation, *data, progress, log, saver, continuity)
         announce(run, restored)
         yield run
 
