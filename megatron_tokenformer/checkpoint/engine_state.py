@@ -7,30 +7,25 @@ are DeepSpeed's private ones; `tests/checkpoint/test_engine_state.py` tells when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
-from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import (
     MOMENTS,
     STATES,
     WEIGHT,
     Interval,
     Manifest,
-    Shard,
 )
-from megatron_tokenformer.checkpoint.shards import IntervalReader, write_shard
-from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.checkpoint.shards import IntervalReader
 from megatron_tokenformer.model.language_model import canonical_parameters
-from megatron_tokenformer.parallel.layout import Layout, on_all_ranks
-
-Result = TypeVar("Result")
+from megatron_tokenformer.parallel.layout import Layout
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -91,50 +86,14 @@ def adam_state(zero: Any) -> dict[str, Tensor]:
     return state
 
 
-def save(module: nn.Module, zero: Any, layout: Layout, folder: Path, manifest: Manifest) -> Path:
-    """Write a checkpoint from all ranks together and return its folder.
-
-    Args:
-        manifest: complete but for shards, Adam step and loss scaler, which are filled in here.
-
-    Raises:
-        UserError: a rank could not write; the checkpoint is then not there on any.
-    """
-    temporary = folder / store.temporary_name(manifest.step)
-    all_or_none(manifest.step, lambda: store.make_empty(temporary) if layout.is_main else None)
-    everyone = all_or_none(manifest.step, lambda: _write_own_shard(module, zero, layout, temporary))
-    complete = replace(
+def with_optimizer(manifest: Manifest, zero: Any) -> Manifest:
+    """A manifest with the optimizer's counters of this moment."""
+    return replace(
         manifest,
-        shards=[shard for shard in everyone if shard],
         states=list(STATES),
         adam_step=int(adam_state(zero)["step"]),
         loss_scaler=_loss_scaler_state(zero),
     )
-    all_or_none(manifest.step, lambda: store.publish(temporary, complete) if layout.is_main else None)
-    return folder / store.step_name(manifest.step)
-
-
-def all_or_none(step: int, act: Callable[[], Result]) -> list[Result]:
-    """Run a rank's part of a save and gather the results.
-
-    Raises:
-        UserError: a rank could not do its part; on every rank.
-    """
-    try:
-        return on_all_ranks(act)
-    except UserError as error:
-        why = f"checkpoint of step {step} not written: {error}"
-        raise UserError(why, error.exit_code, error.everywhere) from None
-
-
-def _write_own_shard(module: nn.Module, zero: Any, layout: Layout, folder: Path) -> Shard | None:
-    """This rank's shard, or None if it owns nothing."""
-    owned = [fragment for fragment in fragments(module, zero, layout) if fragment.owned]
-    if not owned:
-        return None
-    data = (fragment.states[state] for fragment in owned for state in STATES)
-    intervals = [fragment.interval for fragment in owned]
-    return write_shard(folder / f"rank-{layout.rank:05d}.safetensors", intervals, list(STATES), data)
 
 
 @torch.no_grad()

@@ -131,6 +131,12 @@ def verify_shard(source: Path, shard: Shard, tell: Callable[[int], object]) -> N
     _check_hash(source, shard, digest.hexdigest())
 
 
+def drop_from_cache(path: Path) -> None:
+    """Forget a durable file's pages, so that the next read is from the disk."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _check_hash(source: Path, shard: Shard, found: str) -> None:
     if found != shard.hash:
         raise UserError(

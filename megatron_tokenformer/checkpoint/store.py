@@ -15,6 +15,8 @@ from megatron_tokenformer.checkpoint.manifest import MANIFEST, Manifest, read_ma
 from megatron_tokenformer.errors import UserError
 
 LATEST = "latest"
+WRITING, REPLACED, DELETED = ".writing", ".replaced", ".deleted"
+"""how the hidden folders end whose checkpoints are not complete yet, about to be replaced, or to go"""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -31,6 +33,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         if (match := _STEP.fullmatch(path.name)) and (path / MANIFEST).is_file()
     ]
     return [path for _, path in sorted(found)]
+
+
+def _step(path: Path) -> int:
+    """Of a folder that `step_name` named."""
+    return int(path.name.removeprefix("step-"))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -65,13 +72,16 @@ def newest_good(folder: Path) -> Path | None:
 
 def temporary_name(step: int) -> str:
     """The folder in which the checkpoint of this step is written until it is complete."""
-    return f".{step_name(step)}.writing"
+    return f".{step_name(step)}{WRITING}"
 
 
 def make_empty(folder: Path) -> None:
-    """Make a folder, without what a dead run may have left in it."""
+    """Make a folder, without what a dead save may have left in it; those above it are durable."""
     shutil.rmtree(folder, ignore_errors=True)
+    missing = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True)
+    for parent in missing:
+        _sync_folder(parent.parent)
 
 
 def publish(temporary: Path, manifest: Manifest) -> Path:
@@ -80,7 +90,7 @@ def publish(temporary: Path, manifest: Manifest) -> Path:
     _sync_folder(temporary)
     final = temporary.parent / step_name(manifest.step)
     if final.exists():  # a run that went back to an earlier step writes this one again
-        replaced = temporary.with_suffix(".replaced")
+        replaced = final.with_name(f".{final.name}{REPLACED}")
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
         temporary.rename(final)
@@ -92,26 +102,46 @@ def publish(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
-def retain(folder: Path, keep_last: int, newest: Path) -> None:
-    """Delete what is older than the newest checkpoints, and what dead saves left behind.
+def retain(folder: Path, keep_last: int, keep_every: int, newest: Path) -> None:
+    """Delete what is older than the newest checkpoints.
 
     Args:
+        keep_every: those at multiples of so many steps stay; 0: none.
         newest: the checkpoint that was just written.  Later ones, which a run passed over because they are
             damaged, neither count nor go.
     """
-    counted = [path for path in complete_checkpoints(folder) if path.name <= newest.name]
-    leftovers = [path for path in folder.glob(".step-*") if path.is_dir()]
-    for path in [*counted[:-keep_last], *leftovers]:
+    counted = [path for path in complete_checkpoints(folder) if _step(path) <= _step(newest)]
+    for path in counted[:-keep_last]:
+        if keep_every and _step(path) % keep_every == 0:
+            continue
         try:
-            (path / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted is not complete
-            shutil.rmtree(path)
+            # First another name: what is half deleted is not to be found.
+            deleted = path.rename(path.with_name(f".{path.name}{DELETED}"))
+            _sync_folder(folder)
+            shutil.rmtree(deleted)
         except OSError as error:
             print(f"warning: cannot delete {path}: {error.strerror}", flush=True)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what dead saves left in a folder that nobody writes in now.
+
+    No complete checkpoint goes: one that was set aside, and whose successor did not come, gets its name back.
+    """
+    for path in sorted(folder.glob(".step-*")) if folder.is_dir() else ():
+        final = path.with_name(path.stem.removeprefix("."))
+        try:
+            if path.suffix == REPLACED and (path / MANIFEST).is_file() and not final.exists():
+                path.rename(final)
+            elif path.suffix in (WRITING, REPLACED, DELETED):
+                shutil.rmtree(path)
+        except OSError as error:
+            print(f"warning: cannot clear away {path}: {error.strerror}", flush=True)
+
+
 def replace_durably(path: Path, text: str) -> None:
     """Replace a small file so that it holds the old text or the new, whatever happens."""
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}{WRITING}")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

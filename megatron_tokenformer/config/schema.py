@@ -179,8 +179,16 @@ class Checkpoint(Section):
     interval: int = Field(1000, ge=0)
     """steps between checkpoints; 0: only at the end"""
     keep_last: PositiveInt = 2
-    asynchronous: Literal[False] = False
-    """saves are synchronous so far"""
+    """so many of the newest stay; older ones are deleted when a new one is durable"""
+    keep_every: int = Field(0, ge=0)
+    """checkpoints at multiples of so many steps stay for ever, besides; 0: none"""
+    asynchronous: bool = True
+    """training stops only until its state is copied to host memory, and goes on while files are written;
+    takes host memory for one copy of each rank's own part"""
+    max_failures: PositiveInt = 3
+    """so many failed saves in a row end the run; the last save of a run must not fail"""
+    check_loss: bool = True
+    """stop if the first loss after a load is not what it was for the run that saved, on the same samples"""
     load: str | None = None
     """a checkpoint, or a folder of them, to start from when run_dir holds none of its own"""
 

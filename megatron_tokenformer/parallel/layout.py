@@ -46,6 +46,8 @@ class Layout:
     data_size: int
     data_group: dist.ProcessGroup
     """the data-parallel ranks of this pipeline stage and tensor rank"""
+    checkpoint_group: dist.ProcessGroup
+    """all ranks, on gloo; of the threads that write checkpoints, beside training's collectives"""
     device: torch.device
     timeout: timedelta
 
@@ -122,8 +124,11 @@ def from_main_rank(decide: Callable[[], Result]) -> Result:
     return answer[0]  # type: ignore[no-any-return]
 
 
-def on_all_ranks(act: Callable[[], Result]) -> list[Result]:
+def on_all_ranks(act: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
     """Let every rank do something and gather the results in order; if one cannot, all ranks learn why.
+
+    Args:
+        group: of all ranks; by default the one of training.
 
     Raises:
         UserError: names the ranks that could not and their hosts, on every rank.
@@ -135,7 +140,7 @@ def on_all_ranks(act: Callable[[], Result]) -> list[Result]:
         why = f"{error.filename or ''} {error.strerror}" if isinstance(error, OSError) else error
         mine = None, f"rank {dist.get_rank()} on {socket.gethostname()}: {why}"
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=group)
     failed = [reason for _, reason in everyone if reason]
     if failed:
         more = f"; and {len(failed) - TOLD_RANKS} more ranks" if len(failed) > TOLD_RANKS else ""
@@ -216,6 +221,7 @@ def _locate(parallel: Parallel, processes: Processes, device: torch.device, time
         data_rank=here.data,
         data_size=data_size,
         data_group=parallel_state.get_data_parallel_group(),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=timeout),
         device=device,
         timeout=timeout,
     )

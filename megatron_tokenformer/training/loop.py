@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_tokenformer.checkpoint import engine_state, store
+from megatron_tokenformer.checkpoint.saving import all_or_none
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import device_peak, flops_per_token, parameter_count
 from megatron_tokenformer.model.tau import set_taus
@@ -43,6 +44,7 @@ def train_steps(run: Run) -> None:
     clock = StepClock(progress.step)
     while progress.step < training.steps:
         loss = train_step(run, batches)
+        run.continuity.stepped(progress.step, progress.position, loss)
         if progress.step % training.log_interval == 0 or progress.step == training.steps:
             progress.loss = loss.item()
             log_step(run, clock.seconds_per_step(progress.step))
@@ -124,22 +126,22 @@ def log_step(run: Run, seconds: float) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of this moment and delete those that are no longer kept.
+    """Begin to write a checkpoint of this moment, and delete those that are no longer kept.
 
     Raises:
-        UserError: a rank could not write, or its data are no longer those that its position is in.
+        UserError: a rank's data are no longer those that its position is in, or saves fail (see `Saver`).
     """
-    engine_state.all_or_none(run.progress.step, run.training_data.check_unchanged)
+    all_or_none(run.progress.step, run.training_data.check_unchanged)
     zero, module = run.engine.deepspeed.optimizer, run.engine.deepspeed.module
-    manifest = run.progress.manifest(run.config, run.layout)
-    path = engine_state.save(module, zero, run.layout, run.folder, manifest)
-    if run.layout.is_main:
-        store.retain(run.folder, run.config.checkpoint.keep_last, path)
-    run.log.say(f"saved {path}")
+    manifest = engine_state.with_optimizer(run.progress.manifest(run.config, run.layout), zero)
+    held = engine_state.fragments(module, zero, run.layout)
+    run.continuity.saved(run.progress.step)
+    run.saver.start(manifest, held, last=run.progress.step == run.config.training.steps)
 
 
 def finish(run: Run) -> None:
     """Record that the run has all its steps; launchers' exit codes do not prove it."""
+    run.continuity.write()
     if run.layout.is_main:
         progress = run.progress
         record = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
+from megatron_tokenformer.checkpoint.saving import Saver
 from megatron_tokenformer.config.schema import Model, RunConfig, check_world
 from megatron_tokenformer.data.batches import Blend, open_blend
 from megatron_tokenformer.data.documents import end_of_document_id
@@ -23,6 +24,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import full_shapes
 from megatron_tokenformer.parallel.layout import Layout, from_main_rank, on_all_ranks
 from megatron_tokenformer.training.announce import announce
+from megatron_tokenformer.training.continuity import Continuity
 from megatron_tokenformer.training.engine import Engine, build_engine
 from megatron_tokenformer.training.metrics import MetricsLog
 from megatron_tokenformer.training.progress import Progress
@@ -42,6 +44,8 @@ class Run:
     """the id that ends documents, where an option needs it"""
     progress: Progress
     log: MetricsLog
+    saver: Saver
+    continuity: Continuity
 
     @property
     def folder(self) -> Path:
@@ -56,7 +60,7 @@ def checkpoint_folder(config: RunConfig) -> Path:
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
-    """Open everything that a run needs, cheap checks first, and close its log in the end.
+    """Open everything that a run needs, cheap checks first; in the end wait for its save and close its log.
 
     Raises:
         UserError: data, checkpoint and configuration do not fit together.
@@ -66,6 +70,8 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     tokenizer = common_tokenizer(training_data, validation_data)
     eod_id = from_main_rank(lambda: find_eod_id(config))
     # One rank decides for all: on a network file system each may see another newest checkpoint.
+    # And it alone clears away what dead saves left, before it looks.
+    from_main_rank(lambda: store.clear_leftovers(checkpoint_folder(config)))
     path = from_main_rank(lambda: find_restore_point(config, tokenizer))
     restored = (path, read_manifest(path)) if path else None
     progress = Progress.from_manifest(restored[1]) if restored else Progress.fresh(config)
@@ -80,9 +86,15 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     engine = build_engine(config, layout, accumulation)
     if restored:
         engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
+    folder = checkpoint_folder(config)
+    continuity = Continuity(config, layout, folder, engine.precision, path, progress.position)
     # At step 0 the first thing that a run does is to measure and log it again.
-    with MetricsLog(config, progress.step or -1, layout.is_main) as log:
-        run = Run(config, layout, engine, accumulation, training_data, validation_data, eod_id, progress, log)
+    with (
+        MetricsLog(config, progress.step or -1, layout.is_main) as log,
+        Saver(folder, config.checkpoint, layout, log.say) as saver,
+    ):
+        data = (training_data, validation_data, eod_id)
+        run = Run(config, layout, engine, accumulation, *data, progress, log, saver, continuity)
         announce(run, restored)
         yield run
 

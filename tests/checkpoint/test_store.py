@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_tokenformer.checkpoint.manifest import MANIFEST
-from megatron_tokenformer.checkpoint.store import LATEST, find_checkpoint, retain, step_name
+from megatron_tokenformer.checkpoint.store import (
+    LATEST,
+    clear_leftovers,
+    complete_checkpoints,
+    find_checkpoint,
+    retain,
+    step_name,
+)
 from megatron_tokenformer.errors import UserError
 
 
@@ -23,16 +30,54 @@ def checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
 
 def test_older_ones_go_and_later_ones_that_were_passed_over_stay(tmp_path: Path) -> None:
     older, written, later = (checkpoint(tmp_path, step) for step in (2000, 2500, 3000))
-    retain(tmp_path, keep_last=1, newest=written)
+    retain(tmp_path, keep_last=1, keep_every=0, newest=written)
     assert (older.exists(), written.exists(), later.exists()) == (False, True, True)
 
 
+def test_multiples_of_keep_every_stay_besides_the_last(tmp_path: Path) -> None:
+    for step in range(100, 900, 100):
+        checkpoint(tmp_path, step)
+    retain(tmp_path, keep_last=2, keep_every=300, newest=tmp_path / step_name(800))
+    kept = [path.name for path in complete_checkpoints(tmp_path)]
+    assert kept == [step_name(step) for step in (300, 600, 700, 800)]
+
+
+def test_steps_are_counted_as_numbers_not_as_names(tmp_path: Path) -> None:
+    older, newest = checkpoint(tmp_path, 99_999_999), checkpoint(tmp_path, 100_000_000)
+    retain(tmp_path, keep_last=1, keep_every=0, newest=newest)
+    assert (older.exists(), newest.exists()) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["checkpoints//", "./checkpoints/", "link", "link/", "../here/checkpoints"]
+)
+def test_however_a_folder_is_spelled_its_checkpoints_are_found_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    here = tmp_path / "here"
+    for step in (1, 2, 3):
+        checkpoint(here / "checkpoints", step)
+    (here / "link").symlink_to("checkpoints")
+    monkeypatch.chdir(here)
+    folder = Path(spelling)
+    retain(folder, keep_last=1, keep_every=2, newest=folder / step_name(3))
+    assert [path.name for path in complete_checkpoints(folder)] == [step_name(2), step_name(3)]
+    assert find_checkpoint(spelling).samefile(here / "checkpoints" / step_name(3))
+    assert sorted(path.name for path in (here / "checkpoints").iterdir()) == [step_name(2), step_name(3)]
+
+
 def test_what_dead_saves_left_is_cleared_away(tmp_path: Path) -> None:
-    written = checkpoint(tmp_path, 5)
-    for name in (".step-00000003.writing", ".step-00000004.replaced"):
-        (tmp_path / name).mkdir()
-    retain(tmp_path, keep_last=2, newest=written)
-    assert [path.name for path in tmp_path.iterdir()] == [written.name]
+    kept = checkpoint(tmp_path, 5)
+    for name in (".step-00000005.replaced", ".step-00000006.writing", ".step-00000004.deleted"):
+        checkpoint(tmp_path, 9).rename(tmp_path / name)
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+def test_a_checkpoint_set_aside_for_one_that_did_not_come_gets_its_name_back(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 5).rename(tmp_path / ".step-00000005.replaced")
+    clear_leftovers(tmp_path)
+    assert find_checkpoint(tmp_path) == tmp_path / step_name(5)
 
 
 def test_latest_is_believed_only_if_it_names_a_complete_checkpoint(tmp_path: Path) -> None:
