@@ -21,6 +21,7 @@ FREE_SETTINGS = (
     "checkpoint.keep_every",
     "checkpoint.asynchronous",
     "checkpoint.max_failures",
+    "checkpoint.check_loss",
     "data.tokenizer.",
     "training.micro_batch_size",
     "training.recompute",
