@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,6 +47,8 @@ from megatron_tokenformer.model.tau import (
     taus_from_json,
     taus_to_json,
 )
+
+ZERO_BLOCK = 256 * 1024
 
 
 def grow(source: Path, target: RunConfig, folder: Path, rule: Growth) -> tuple[Path, Manifest]:
@@ -152,10 +155,18 @@ def _new_rows(path: Path, states: list[str], target: RunConfig, old: Manifest, r
     def blocks() -> Iterator[Tensor]:
         for name, rows, width in tqdm(added, unit="tensor", desc="new rows", disable=None):
             start = rule.keys if name.endswith("key_tokens") else rule.values
-            std = initial_std(target.model, name) if start == "normal" else 0.0
             for state in states:
-                drawn = std if state == WEIGHT else 0.0
-                for _, block in normal_row_blocks(target.training.seed, name, rows, width, drawn):
-                    yield block
+                if state == WEIGHT and start == "normal":
+                    std = initial_std(target.model, name)
+                    yield from (b for _, b in normal_row_blocks(target.training.seed, name, rows, width, std))
+                else:
+                    yield from _zeros(len(rows) * width)
 
     return write_shard(path, intervals, states, blocks())
+
+
+def _zeros(count: int) -> Iterator[Tensor]:
+    """This many zeros, in blocks."""
+    block = torch.zeros(min(count, ZERO_BLOCK))
+    for first in range(0, count, ZERO_BLOCK):
+        yield block[: count - first]
