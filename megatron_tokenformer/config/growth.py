@@ -61,3 +61,17 @@ def check_growth(before: Model, after: Model, growth: Growth) -> None:
             "under model.score_norm=softmax a new token has weight even with a zero key, so growth changes "
             "the function; allow_inexact accepts that, and the next stage tells the change of the loss"
         )
+
+
+def changes_of_function(model: Model, growth: Growth) -> list[str]:
+    """Why the grown model does not compute what the old one did; empty if it does, exactly.
+
+    Args:
+        model: the old or the grown one; they differ in tokens alone.
+    """
+    reasons = {
+        "under score_norm=softmax a new token has weight even with a zero key": model.score_norm == "softmax",
+        "keys=normal gives new tokens weight at once": growth.keys == "normal",
+        "tau=sqrt scales every weight anew": growth.tau == "sqrt",
+    }
+    return [reason for reason, holds in reasons.items() if holds]
