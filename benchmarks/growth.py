@@ -189,8 +189,8 @@ def table(result: dict[str, Any]) -> str:
     size = result["bytes"]
     rows = [
         f"{Path(result['old']).stem} to {Path(result['config']).stem}: {in_bytes(result['bytes_old'])} of "
-        f"old rows, {in_bytes(result['bytes_new'])} of new ones; median of {result['rounds']} rounds (lowest to "
-        f"highest); load average {result['load_average'][0]:.1f} on {result['cores']} cores; start-up "
+        f"old rows, {in_bytes(result['bytes_new'])} of new ones; median of {result['rounds']} rounds (lowest "
+        f"to highest); load average {result['load_average'][0]:.1f} on {result['cores']} cores; start-up "
         f"{result['start_up_seconds']:.1f} s and {in_bytes(result['memory_before_growth'])} of memory",
         "",
         "| | seconds | MB of state per second | speed of the copy | most memory |",
