@@ -37,9 +37,10 @@ EXAMPLE = """example:
   python benchmarks/growth.py --config configs/tokenformer-1.4b.yaml --folder /scratch   # 35 GB of disk
 
   Contenders run in turn, each into a new folder, after a sync; each round begins with another one, because
-  deleting what one wrote can slow the next. "copy" is cp and fsync of the files of the grown checkpoint.
-  Growths run in a process of their own; their seconds are those of the growth, and start-up
-  (importing torch) is told beside. The checkpoint that grows is made of random numbers, and has been read
+  deleting what one wrote can slow the next. "copy" is cp and fsync of the files of the grown checkpoint. Each
+  runs in a process of its own that has imported torch, so that all find the machine in the same state: memory
+  that was just freed is faster to write than memory that a virtual machine has given back. Start-up is told
+  beside, and not in the seconds. The checkpoint that grows is made of random numbers, and has been read
   before, so where memory holds it, reading is from there.
 """
 CONTENDERS = {"copy": "copy", "grow": "growth", "link": "growth --link", "trust": "growth --link --no-verify"}
@@ -86,21 +87,17 @@ def _random(count: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield torch.randn(min(_BLOCK, count - first), generator=generator)
 
 
-def run_growth(source: str, config: str, folder: str, contender: str) -> dict[str, float]:
-    """Grow in this process: seconds, and the most memory that it had before and in the end, in bytes."""
-    plan = plan_growth(
-        Path(source),
-        load_config(config),
-        Path(folder),
-        Growth(),
-        link=contender != "grow",
-        verify=contender != "trust",
-    )
+def run_one(contender: str, source: str, config: str, reference: str, folder: str) -> dict[str, float]:
+    """Grow or copy in this process: seconds, and the most memory that it had before and at the end, bytes."""
+    verify = contender != "trust"
+    link = contender in ("link", "trust")
+    plan = plan_growth(Path(source), load_config(config), Path(folder), Growth(), link=link, verify=verify)
     before, start = peak_memory(), time.perf_counter()
-    grown = carry_out(plan)
-    seconds = time.perf_counter() - start
-    if grown.old_rows != ("copied" if contender == "grow" else "linked"):
+    if contender == "copy":
+        copy_durably(Path(reference), Path(folder))
+    elif carry_out(plan).old_rows != ("linked" if link else "copied"):
         raise UserError(f"{folder} is on a file system without hard links", exit_code=1)
+    seconds = time.perf_counter() - start
     return {"seconds": seconds, "memory_before": before, "memory": peak_memory()}
 
 
@@ -110,32 +107,30 @@ def peak_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def run_copy(grown: Path, folder: Path) -> float:
-    """Copy the files of a checkpoint with cp, fsync them and their folder; the seconds."""
+def copy_durably(grown: Path, folder: Path) -> None:
+    """Copy the files of a checkpoint with cp, and fsync them and their folder."""
     folder.mkdir()
-    start = time.perf_counter()
     for path in grown.iterdir():
         subprocess.run(["cp", str(path), str(folder / path.name)], check=True)
-        store_durably(folder / path.name)
-    store_durably(folder)
-    return time.perf_counter() - start
+        fsync(folder / path.name)
+    fsync(folder)
 
 
-def store_durably(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def run_child(source: Path, config: str, folder: Path, contender: str) -> dict[str, float]:
-    """`run_growth` in a process of its own; also the seconds of the whole process."""
-    command = [sys.executable, __file__, "--grow", str(source), config, str(folder), contender]
+def run_child(contender: str, *arguments: str) -> dict[str, float]:
+    """`run_one` in a process of its own; also the seconds that the process took beyond that."""
+    command = [sys.executable, __file__, "--one", contender, *arguments]
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        raise UserError(f"growth failed: {done.stderr.strip()[-500:]}", exit_code=1)
+        raise UserError(f"{contender} failed: {done.stderr.strip()[-500:]}", exit_code=1)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return {**figures, "start_up": time.perf_counter() - start - figures["seconds"]}
 
@@ -147,19 +142,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     grown = carry_out(plan).path
     size = sum(path.stat().st_size for path in grown.iterdir())
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    memory: dict[str, float] = {}
+    memory = dict.fromkeys(CONTENDERS, 0.0)
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
         names = list(CONTENDERS)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             os.sync()
             out = folder / "out"
-            if name == "copy":
-                seconds[name].append(run_copy(grown, out))
-            else:
-                done = run_child(source, args.config, out, name)
-                seconds[name].append(done["seconds"])
-                memory[name] = max(memory.get(name, 0), done["memory"])
+            done = run_child(name, str(source), args.config, str(grown), str(out))
+            seconds[name].append(done["seconds"])
+            memory[name] = max(memory[name], done["memory"] - done["memory_before"])
             shutil.rmtree(out)
     return {
         "old": args.old,
@@ -174,7 +166,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "start_up_seconds": done["start_up"],
         "memory_before_growth": done["memory_before"],
-        "memory": memory,
+        "memory_more": memory,
         "seconds": seconds,
         # Of each round, for what disturbs a machine disturbs a whole round.
         "ratio": {
@@ -191,15 +183,15 @@ def table(result: dict[str, Any]) -> str:
         f"{Path(result['old']).stem} to {Path(result['config']).stem}: {in_bytes(result['bytes_old'])} of "
         f"old rows, {in_bytes(result['bytes_new'])} of new ones; median of {result['rounds']} rounds (lowest "
         f"to highest); load average {result['load_average'][0]:.1f} on {result['cores']} cores; start-up "
-        f"{result['start_up_seconds']:.1f} s and {in_bytes(result['memory_before_growth'])} of memory",
+        f"{result['start_up_seconds']:.1f} s and {in_bytes(int(result['memory_before_growth']))} of memory",
         "",
-        "| | seconds | MB of state per second | speed of the copy | most memory |",
+        "| | seconds | MB of state per second | speed of the copy | memory beyond start-up |",
         "|---|---|---|---|---|",
     ]
     for name, title in CONTENDERS.items():
         own = result["seconds"][name]
         spread = f"{median(own):.2f} ({min(own):.2f} to {max(own):.2f})"
-        memory = in_bytes(result["memory"][name]) if name in result["memory"] else "-"
+        memory = in_bytes(int(result["memory_more"][name])) if name != "copy" else "-"
         rows.append(
             f"| {title} | {spread} | {size / 1e6 / median(own):,.0f} | {100 * result['ratio'][name]:.0f} % "
             f"| {memory} |"
@@ -209,8 +201,8 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and print."""
-    if sys.argv[1:2] == ["--grow"]:
-        print(json.dumps(run_growth(*sys.argv[2:])))
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(run_one(*sys.argv[2:])))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -78,6 +78,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="carry",
         help="keep the old rows' Adam moments (default), or start all of them at zero",
     )
+    add(
+        "--old-token-noise",
+        type=float,
+        default=0.0,
+        metavar="STD",
+        help="add normal noise to the old keys and values (default: 0; inexact)",
+    )
     add("--allow-inexact", action="store_true", help="grow a softmax model although its function changes")
     add("--link", action="store_true", help="hard-link the old shards instead of copying, where possible")
     add(
@@ -107,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         grown = carry_out(plan)
         seconds = round(time.perf_counter() - start, 3)
         figures |= {"path": str(grown.path), "seconds": seconds, "old_rows": grown.old_rows}
+        figures["norms"] = grown.manifest.history[-1]["norms"]
         report(plan, figures)
         tell_next_stage(given, target)
     if given.json:
@@ -165,6 +173,9 @@ def report(plan: GrowthPlan, figures: dict[str, Any]) -> None:
         course = f"{tau['start']:.2f}" + (f" -> {tau['end']:.2f}" if tau["steps"] else "")
         print(f"  {role:<8}{before:>10,}{after - before:>10,}{after:>10,}{course:>16}")
     print(f"  new keys {figures['keys']}, new values {figures['values']}, optimizer {figures['optimizer']}")
+    for role, norms in figures.get("norms", {}).items():
+        told = (f"{key.replace('_', ' ')} {value:.3g}" for key, value in norms.items() if value is not None)
+        print(f"  mean norm, {role}: {', '.join(told)}")
     reasons = figures["inexact_because"]
     print(f"  the function changes: {'; '.join(reasons)}" if reasons else "  exact: the function is the same")
     old, new = in_bytes(figures["bytes_old"]), in_bytes(figures["bytes_new"])

@@ -35,11 +35,12 @@ from megatron_tokenformer.checkpoint.manifest import (
     Shard,
 )
 from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, verify_shard, write_shard
+from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, is_token
 from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.model.initialization import normal_row_blocks
+from megatron_tokenformer.model.initialization import normal_row_blocks, normal_rows
 from megatron_tokenformer.model.language_model import full_shapes, initial_std
 from megatron_tokenformer.model.tau import (
     ROLES,
@@ -102,8 +103,11 @@ def carry_out(plan: GrowthPlan) -> Grown:
 def _write_grown(plan: GrowthPlan, temporary: Path, linked: bool) -> Manifest:
     """Write the shards of the grown checkpoint, and return its manifest."""
     old, model, rule = plan.old, plan.target.model, plan.rule
-    shards = _old_shards(plan, temporary, linked)
-    shards.append(_new_rows(temporary / f"grown-{len(old.history) + 1:03d}.safetensors", plan))
+    shapes = full_shapes(model)
+    norms = TokenNorms(shapes)
+    shards = _old_shards(plan, temporary, linked, norms)
+    shards.append(_new_rows(temporary / f"grown-{len(old.history) + 1:03d}.safetensors", plan, norms))
+    old_rows = {name: shape[0] for name, shape in old.shapes.items()}
     entry = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "from": str(plan.source),
@@ -114,6 +118,7 @@ def _write_grown(plan: GrowthPlan, temporary: Path, linked: bool) -> Manifest:
         "parameters_before": parameter_count(plan.before),
         "parameters_after": parameter_count(model),
         **rule.model_dump(),
+        "norms": norms.means(old_rows, read=plan.verify or not linked),
     }
     return replace(
         old,
@@ -121,7 +126,7 @@ def _write_grown(plan: GrowthPlan, temporary: Path, linked: bool) -> Manifest:
         step=0,
         adam_step=old.adam_step if rule.optimizer == "carry" else 0,
         taus=taus_to_json(grown_taus(taus_from_json(old.taus), old.step, model, rule)),
-        shapes={name: list(shape) for name, shape in full_shapes(model).items()},
+        shapes={name: list(shape) for name, shape in shapes.items()},
         states=plan.states,
         shards=shards,
         history=[*old.history, entry],
@@ -164,34 +169,51 @@ def _link_or_tell(plan: GrowthPlan, folder: Path) -> bool:
     return True
 
 
-def _old_shards(plan: GrowthPlan, folder: Path, linked: bool) -> list[Shard]:
-    """The old shards in the new folder: as bytes if all states stay, else rewritten without the others."""
+def _old_shards(plan: GrowthPlan, folder: Path, linked: bool, norms: TokenNorms) -> list[Shard]:
+    """The old shards in the new folder: as bytes if nothing in them changes, else rewritten."""
     source, old, states = plan.source, plan.old, plan.states
     shards = []
     total = sum(shard.size for shard in old.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="old rows", disable=None) as bar:
         for shard in old.shards:
-            if linked:
-                if plan.verify:
-                    verify_shard(source, shard, bar.update)
-                shards.append(shard)
-            elif states == old.states:
-                copy_shard(source, shard, folder, bar.update)
-                shards.append(shard)
-            else:
-                verify_shard(source, shard, bar.update)
-                kept = _stored(IntervalReader(source, old), shard, states)
-                shards.append(write_shard(folder / shard.file, shard.intervals, states, kept))
+            look = ShardReader(source / shard.file, shard, norms).take
+            if plan.rewrites:
+                verify_shard(source, shard, bar.update, look)
+                shards.append(write_shard(folder / shard.file, shard.intervals, states, _stored(plan, shard)))
+                continue
+            if not linked:
+                copy_shard(source, shard, folder, bar.update, look)
+            elif plan.verify:
+                verify_shard(source, shard, bar.update, look)
+            shards.append(shard)
     return shards
 
 
-def _stored(reader: IntervalReader, shard: Shard, states: list[str]) -> Iterator[Tensor]:
+def _stored(plan: GrowthPlan, shard: Shard) -> Iterator[Tensor]:
+    """The states of a shard that stay, with noise on the old tokens if the rule has any."""
+    reader = IntervalReader(plan.source, plan.old)
     for interval in shard.intervals:
-        for state in states:
-            yield from (values for _, values in reader.read(interval, state))
+        noisy = plan.rule.old_token_noise > 0 and is_token(interval.name)
+        for state in plan.states:
+            for first, values in reader.read(interval, state):
+                yield (
+                    values + _noise(plan, interval.name, first, len(values))
+                    if (noisy and state == WEIGHT)
+                    else values
+                )
 
 
-def _new_rows(path: Path, plan: GrowthPlan) -> Shard:
+def _noise(plan: GrowthPlan, name: str, first: int, count: int) -> Tensor:
+    """Elements of the noise that belongs to (seed, name, number of the growth), whatever the shards are."""
+    width = plan.old.shapes[name][1]
+    rows = range(first // width, -(-(first + count) // width))
+    stream = f"{name}/noise of growth {len(plan.old.history) + 1}"
+    noise = normal_rows(plan.target.training.seed, stream, rows, width, plan.rule.old_token_noise)
+    start = first - rows.start * width
+    return noise.flatten()[start : start + count]
+
+
+def _new_rows(path: Path, plan: GrowthPlan, norms: TokenNorms) -> Shard:
     """A shard with the rows that the old model does not have."""
     model, seed = plan.target.model, plan.target.training.seed
     intervals = [
@@ -204,7 +226,9 @@ def _new_rows(path: Path, plan: GrowthPlan) -> Shard:
             for state in plan.states:
                 if state == WEIGHT and start == "normal":
                     std = initial_std(model, new.name)
-                    yield from (b for _, b in normal_row_blocks(seed, new.name, new.rows, new.width, std))
+                    for row, block in normal_row_blocks(seed, new.name, new.rows, new.width, std):
+                        norms.add(new.name, row * new.width, block.flatten().numpy())
+                        yield block
                 else:
                     yield from _zeros(len(new.rows) * new.width)
 

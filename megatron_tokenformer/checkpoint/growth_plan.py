@@ -50,6 +50,11 @@ class GrowthPlan:
         return [WEIGHT] if self.rule.optimizer == "reset" else self.old.states
 
     @property
+    def rewrites(self) -> bool:
+        """Whether the old shards change, so that they can be neither copied as bytes nor linked."""
+        return self.states != self.old.states or self.rule.old_token_noise > 0
+
+    @property
     def old_bytes(self) -> int:
         """Size of the shards that hold the old rows, in the grown checkpoint."""
         stored = sum(shard.size for shard in self.old.shards)
@@ -87,10 +92,10 @@ def plan_growth(
     old = read_manifest(source)
     before = validate(Model, old.config.get("model", {}), str(source))
     check_growth(before, target.model, rule)
-    if link and rule.optimizer == "reset":
+    if link and (rule.optimizer == "reset" or rule.old_token_noise > 0):
         raise UserError(
-            "--link keeps the old shards as they are, and --optimizer reset writes them anew without moments"
-            "; leave one out"
+            "--link keeps the old shards as they are, --optimizer reset and --old-token-noise change them; "
+            "leave one out"
         )
     others = [path.name for path in store.complete_checkpoints(folder) if path.name != store.step_name(0)]
     if others:

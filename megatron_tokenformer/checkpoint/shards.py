@@ -100,11 +100,18 @@ class IntervalReader:
             raise UserError(f"checkpoint shard {place}: {error}", 1) from None
 
 
-def copy_shard(source: Path, shard: Shard, folder: Path, tell: Callable[[int], object]) -> None:
+def copy_shard(
+    source: Path,
+    shard: Shard,
+    folder: Path,
+    tell: Callable[[int], object],
+    look: Callable[[memoryview], object] | None = None,
+) -> None:
     """Copy a shard durably into another folder, checking its hash on the way.
 
     Args:
-        tell: called with the bytes of each block, for a progress bar.
+        tell: called with the number of bytes of each block, for a progress bar.
+        look: called with each block, valid during the call.
 
     Raises:
         UserError: the shard's bytes are not those that its hash was made of.
@@ -114,13 +121,24 @@ def copy_shard(source: Path, shard: Shard, folder: Path, tell: Callable[[int], o
         for block in _blocks(source / shard.file):
             digest.update(block)
             _write_all(file, block)
+            if look is not None:
+                look(block)
             tell(len(block))
         os.fsync(file.fileno())
     _check_hash(source, shard, digest.hexdigest())
 
 
-def verify_shard(source: Path, shard: Shard, tell: Callable[[int], object]) -> None:
+def verify_shard(
+    source: Path,
+    shard: Shard,
+    tell: Callable[[int], object],
+    look: Callable[[memoryview], object] | None = None,
+) -> None:
     """Read a shard whole and check its hash.
+
+    Args:
+        tell: as for `copy_shard`.
+        look: likewise.
 
     Raises:
         UserError: the shard's bytes are not those that its hash was made of.
@@ -128,6 +146,8 @@ def verify_shard(source: Path, shard: Shard, tell: Callable[[int], object]) -> N
     digest = xxhash.xxh3_128()
     for block in _blocks(source / shard.file):
         digest.update(block)
+        if look is not None:
+            look(block)
         tell(len(block))
     _check_hash(source, shard, digest.hexdigest())
 

@@ -92,6 +92,7 @@ def test_without_a_config_the_next_stage_gets_the_checkpoints_own(source: Path) 
         (["--tokens", "ffn=64"], "nothing grows"),
         (["--tokens", LARGER, "--no-verify"], "--no-verify goes with --link"),
         (["--tokens", LARGER, "--link", "--optimizer", "reset"], "leave one out"),
+        (["--tokens", LARGER, "--link", "--old-token-noise", "0.1"], "leave one out"),
         (["--tokens", "ffn=65", "parallel.tensor=2"], "model.tokens.ffn=65 is not divisible"),
     ],
 )
@@ -189,6 +190,7 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
     [
         ([], []),
         (["--keys", "normal"], ["keys=normal gives new tokens weight at once"]),
+        (["--old-token-noise", "0.02"], ["noise of 0.02 is added to the old tokens"]),
         (["--tau", "sqrt"], ["tau=sqrt scales every weight anew"]),
         (["--tau", "anneal", "--tau-steps", "5"], []),
     ],
@@ -220,3 +222,64 @@ def test_a_grown_checkpoint_grows_again_with_links_to_both_of_its_parts(source: 
     assert_grown(source, second)
     assert len(values(second, NAME)) == 256
     assert (second / "rank-00000.safetensors").stat().st_nlink == 3
+
+
+def stacked(path: Path, role: str, kind: str) -> torch.Tensor:
+    """The keys or the values of a role, of all layers: [layers x projections, rows, width]."""
+    names = [name for name in read_manifest(path).shapes if name.endswith(kind)]
+    parts = {"qkv": ("query", "key", "value"), "output": ("output",), "ffn": ("ffn",)}[role]
+    return torch.stack([values(path, name) for name in names if name.split(".")[-2] in parts])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("rule", [["--keys", "normal"], ["--link"], ["--optimizer", "reset"]])
+def test_the_report_and_the_history_tell_the_mean_norms_of_old_and_new_tokens(
+    tmp_path: Path, ranks: int, rule: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_checkpoint(tmp_path / "run/checkpoints", toy_config(tmp_path), ranks=ranks)
+    path = find_checkpoint(grow(source, "--tokens", LARGER, *rule, "--json"))
+    told = last_line(capsys)["norms"]
+    assert told == read_manifest(path).history[-1]["norms"]
+    for role, rows in (("qkv", 16), ("output", 16), ("ffn", 64)):
+        for kind in ("keys", "values"):
+            norms = stacked(path, role, f"{kind[:-1]}_tokens").double().norm(dim=2)
+            assert told[role][f"old_{kind}"] == pytest.approx(norms[:, :rows].mean().item(), rel=1e-6)
+            assert told[role][f"new_{kind}"] == pytest.approx(norms[:, rows:].mean().item(), rel=1e-6)
+
+
+def test_norms_of_old_tokens_that_nobody_read_are_not_told(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grow(source, "--tokens", LARGER, "--link", "--no-verify", "--json")
+    norms = last_line(capsys)["norms"]["ffn"]
+    assert norms["old_keys"] is None and norms["old_values"] is None
+    assert norms["new_keys"] == 0 and norms["new_values"] > 0
+
+
+def test_noise_on_old_tokens_is_that_of_the_seed_whatever_wrote_the_shards(tmp_path: Path) -> None:
+    grown = []
+    for ranks in (1, 3):
+        source = write_checkpoint(tmp_path / f"run{ranks}/checkpoints", toy_config(tmp_path), ranks=ranks)
+        path = find_checkpoint(
+            grow(source, "--tokens", LARGER, "--old-token-noise", "0.01", save=f"out{ranks}")
+        )
+        names = [name for name in read_manifest(source).shapes if name.endswith("_tokens")]
+        noise = {
+            name: values(path, name)[: len(values(source, name))] - values(source, name) for name in names
+        }
+        grown.append(noise)
+        for name in names:
+            assert noise[name].std().item() == pytest.approx(0.01, rel=0.15), name
+            for state in ("exp_avg", "exp_avg_sq"):
+                old = values(source, name, state)
+                assert torch.equal(values(path, name, state)[: len(old)], old)
+        assert torch.equal(values(path, "embedding.weight"), values(source, "embedding.weight"))
+        assert not torch.allclose(noise[names[0]], noise[names[1]], atol=1e-3), "each has noise of its own"
+    for name, noise in grown[0].items():
+        assert torch.allclose(noise, grown[1][name], atol=1e-6), "but for rounding of the sum"
+
+
+@pytest.mark.parametrize("noise", ["-1", "nan", "inf"])
+def test_noise_that_is_no_size_is_refused(source: Path, noise: str) -> None:
+    with pytest.raises(UserError, match="old_token_noise"):
+        grow(source, "--tokens", LARGER, f"--old-token-noise={noise}")
