@@ -3,7 +3,7 @@
     K' = [K; K_new]    V' = [V; V_new]
 
 New tokens are rows at the end, so every stored interval of the old model is an interval of the new one,
-element for element.  Growing is: copy the shards as they are, and add one shard with the new rows.
+element for element.  Growing is: copy or link the shards as they are, and add one with the new rows.
 
 With K_new = 0 and tau kept, the function is exactly the same: a new token's score is 0, so it adds nothing
 to the row total that scores are normalised by, and its weight is gelu(0) = 0.  (Under softmax a score of 0
@@ -13,30 +13,34 @@ has weight, so growth there is not exact.)
 from __future__ import annotations
 
 import datetime
+import errno
 import math
+import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_tokenformer.checkpoint import store
+from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, check_space, plan_growth
 from megatron_tokenformer.checkpoint.manifest import (
     WEIGHT,
     Interval,
     Manifest,
     Shard,
-    read_manifest,
 )
 from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, verify_shard, write_shard
-from megatron_tokenformer.config.growth import Growth, check_growth
-from megatron_tokenformer.config.load import validate
+from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, is_token
+from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.model.initialization import normal_row_blocks
+from megatron_tokenformer.model.initialization import normal_row_blocks, normal_rows
 from megatron_tokenformer.model.language_model import full_shapes, initial_std
 from megatron_tokenformer.model.tau import (
     ROLES,
@@ -47,59 +51,83 @@ from megatron_tokenformer.model.tau import (
     taus_to_json,
 )
 
+ZERO_BLOCK = 256 * 1024
+
+# Other file systems, those without links, a file of another user's, and one with too many links already.
+CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A checkpoint that a growth has made."""
+
+    path: Path
+    manifest: Manifest
+    old_rows: Literal["linked", "copied"]
+
 
 def grow(source: Path, target: RunConfig, folder: Path, rule: Growth) -> tuple[Path, Manifest]:
     """Grow a checkpoint to the token counts of `target.model`; return the new one, at step 0 of its run.
 
+    Raises:
+        UserError: see `plan_growth` and `carry_out`.
+    """
+    grown = carry_out(plan_growth(source, target, folder, rule))
+    return grown.path, grown.manifest
+
+
+def carry_out(plan: GrowthPlan) -> Grown:
+    """Write the grown checkpoint and return it.
+
     Reads and writes in blocks of rows; no more than one is in memory.  The source is left as it is.
 
     Raises:
-        UserError: the models differ in more than tokens, a shard is damaged, the folder is that of a run, or
-            it cannot be written; nothing new is then there.
+        UserError: there is no room for it, a shard is damaged, or the folder cannot be written; nothing new
+            is then there.
     """
-    old = read_manifest(source)
-    before = validate(Model, old.config.get("model", {}), str(source))
-    check_growth(before, target.model, rule)
-    others = [path.name for path in store.complete_checkpoints(folder) if path.name != store.step_name(0)]
-    if others:
-        raise UserError(f"{folder} holds {others[-1]}, so it is a run's; grow into a folder of its own")
-    temporary = folder / store.temporary_name(0)
+    temporary = plan.folder / store.temporary_name(0)
     try:
-        store.make_empty(temporary)
-        grown = _write_grown(source, old, before, target, temporary, rule)
-        return store.publish(temporary, grown), grown
-    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot grow {source} into {folder}: {error.strerror}", exit_code=1) from None
+        check_space(plan, link=plan.link and plan.one_file_system)
+        store.make_empty(temporary)
+        linked = plan.link and _link_or_tell(plan, temporary)
+        grown = _write_grown(plan, temporary, linked)
+        return Grown(store.publish(temporary, grown), grown, "linked" if linked else "copied")
+    except OSError as error:
+        why = f"cannot grow {plan.source} into {plan.folder}: {error.strerror}"
+        raise UserError(why, exit_code=1) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_grown(
-    source: Path, old: Manifest, before: Model, target: RunConfig, temporary: Path, rule: Growth
-) -> Manifest:
+def _write_grown(plan: GrowthPlan, temporary: Path, linked: bool) -> Manifest:
     """Write the shards of the grown checkpoint, and return its manifest."""
-    states = [WEIGHT] if rule.optimizer == "reset" else old.states
-    shards = _old_shards(source, old, states, temporary)
-    new = temporary / f"grown-{len(old.history) + 1:03d}.safetensors"
-    shards.append(_new_rows(new, states, target, old, rule))
+    old, model, rule = plan.old, plan.target.model, plan.rule
+    shapes = full_shapes(model)
+    norms = TokenNorms(shapes)
+    shards = _old_shards(plan, temporary, linked, norms)
+    shards.append(_new_rows(temporary / f"grown-{len(old.history) + 1:03d}.safetensors", plan, norms))
+    old_rows = {name: shape[0] for name, shape in old.shapes.items()}
     entry = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "from": str(source),
+        "from": str(plan.source),
         "step": old.step,
         "val_loss": old.val_loss,
-        "tokens_before": before.tokens.model_dump(),
-        "tokens_after": target.model.tokens.model_dump(),
-        "parameters_before": parameter_count(before),
-        "parameters_after": parameter_count(target.model),
+        "tokens_before": plan.before.tokens.model_dump(),
+        "tokens_after": model.tokens.model_dump(),
+        "parameters_before": parameter_count(plan.before),
+        "parameters_after": parameter_count(model),
         **rule.model_dump(),
+        "norms": norms.means(old_rows, read=plan.verify or not linked),
     }
     return replace(
         old,
-        config=target.model_dump(mode="json"),
+        config=plan.target.model_dump(mode="json"),
         step=0,
         adam_step=old.adam_step if rule.optimizer == "carry" else 0,
-        taus=taus_to_json(grown_taus(taus_from_json(old.taus), old.step, target.model, rule)),
-        shapes={name: list(shape) for name, shape in full_shapes(target.model).items()},
-        states=states,
+        taus=taus_to_json(grown_taus(taus_from_json(old.taus), old.step, model, rule)),
+        shapes={name: list(shape) for name, shape in shapes.items()},
+        states=plan.states,
         shards=shards,
         history=[*old.history, entry],
     )
@@ -118,44 +146,91 @@ def grown_taus(taus: Taus, step: int, model: Model, rule: Growth) -> Taus:
     return grown
 
 
-def _old_shards(source: Path, old: Manifest, states: list[str], folder: Path) -> list[Shard]:
-    """The old shards in the new folder: as bytes if all states stay, else rewritten without the others."""
+def _link_or_tell(plan: GrowthPlan, folder: Path) -> bool:
+    """Hard-link the old shards into the new folder, all or none; where it cannot be done, say so.
+
+    A shard is created under a temporary name, and from then on only renamed and deleted.  So two checkpoints
+    may have the same file, and deleting one leaves it to the other.
+    """
+    made: list[Path] = []
+    try:
+        for shard in plan.old.shards:
+            # Resolved: a link to a symbolic link would depend on what that one points to.
+            os.link((plan.source / shard.file).resolve(), folder / shard.file)
+            made.append(folder / shard.file)
+    except OSError as error:
+        if error.errno not in CANNOT_LINK:
+            raise
+        for path in made:
+            path.unlink()
+        print(f"cannot link {plan.source} into {plan.folder}: {error.strerror}; copying instead", flush=True)
+        check_space(plan, link=False)
+        return False
+    return True
+
+
+def _old_shards(plan: GrowthPlan, folder: Path, linked: bool, norms: TokenNorms) -> list[Shard]:
+    """The old shards in the new folder: as bytes if nothing in them changes, else rewritten."""
+    source, old, states = plan.source, plan.old, plan.states
     shards = []
     total = sum(shard.size for shard in old.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="old rows", disable=None) as bar:
         for shard in old.shards:
-            if states == old.states:
-                copy_shard(source, shard, folder, bar.update)
-                shards.append(shard)
-            else:
-                verify_shard(source, shard, bar.update)
-                kept = _stored(IntervalReader(source, old), shard, states)
-                shards.append(write_shard(folder / shard.file, shard.intervals, states, kept))
+            look = ShardReader(source / shard.file, shard, norms).take
+            if plan.rewrites:
+                verify_shard(source, shard, bar.update, look)
+                shards.append(write_shard(folder / shard.file, shard.intervals, states, _stored(plan, shard)))
+                continue
+            if not linked:
+                copy_shard(source, shard, folder, bar.update, look)
+            elif plan.verify:
+                verify_shard(source, shard, bar.update, look)
+            shards.append(shard)
     return shards
 
 
-def _stored(reader: IntervalReader, shard: Shard, states: list[str]) -> Iterator[Tensor]:
+def _stored(plan: GrowthPlan, shard: Shard) -> Iterator[Tensor]:
+    """The states of a shard that stay, with noise on the old tokens if the rule has any."""
+    reader = IntervalReader(plan.source, plan.old)
     for interval in shard.intervals:
-        for state in states:
-            yield from (values for _, values in reader.read(interval, state))
+        noisy = plan.rule.old_token_noise > 0 and is_token(interval.name)
+        for state in plan.states:
+            for first, values in reader.read(interval, state):
+                if noisy and state == WEIGHT:
+                    values = values + _noise(plan, interval.name, first, len(values))
+                yield values
 
 
-def _new_rows(path: Path, states: list[str], target: RunConfig, old: Manifest, rule: Growth) -> Shard:
+def _noise(plan: GrowthPlan, name: str, first: int, count: int) -> Tensor:
+    """Elements of the noise that belongs to (seed, name, number of the growth), whatever the shards are."""
+    width = plan.old.shapes[name][1]
+    rows = range(first // width, -(-(first + count) // width))
+    stream = f"{name}/noise of growth {len(plan.old.history) + 1}"
+    noise = normal_rows(plan.target.training.seed, stream, rows, width, plan.rule.old_token_noise)
+    start = first - rows.start * width
+    return noise.flatten()[start : start + count]
+
+
+def _new_rows(path: Path, plan: GrowthPlan, norms: TokenNorms) -> Shard:
     """A shard with the rows that the old model does not have."""
-    added = [
-        (name, range(old.shapes[name][0], shape[0]), shape[1])
-        for name, shape in full_shapes(target.model).items()
-        if list(shape) != old.shapes[name]
+    model, seed = plan.target.model, plan.target.training.seed
+    intervals = [
+        Interval(new.name, new.rows.start * new.width, new.rows.stop * new.width) for new in plan.added
     ]
-    intervals = [Interval(name, rows.start * width, rows.stop * width) for name, rows, width in added]
+
+    zeros = torch.zeros(ZERO_BLOCK)  # one for all: filling it again and again took a fifth of the time
 
     def blocks() -> Iterator[Tensor]:
-        for name, rows, width in tqdm(added, unit="tensor", desc="new rows", disable=None):
-            start = rule.keys if name.endswith("key_tokens") else rule.values
-            std = initial_std(target.model, name) if start == "normal" else 0.0
-            for state in states:
-                drawn = std if state == WEIGHT else 0.0
-                for _, block in normal_row_blocks(target.training.seed, name, rows, width, drawn):
-                    yield block
+        for new in tqdm(plan.added, unit="tensor", desc="new rows", disable=None):
+            start = plan.rule.keys if new.name.endswith("key_tokens") else plan.rule.values
+            for state in plan.states:
+                if state == WEIGHT and start == "normal":
+                    std = initial_std(model, new.name)
+                    for row, block in normal_row_blocks(seed, new.name, new.rows, new.width, std):
+                        norms.add(new.name, row * new.width, block.flatten().numpy())
+                        yield block
+                    continue
+                for left in range(len(new.rows) * new.width, 0, -len(zeros)):
+                    yield zeros[:left]
 
-    return write_shard(path, intervals, states, blocks())
+    return write_shard(path, intervals, plan.states, blocks())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from megatron_tokenformer.config.schema import Model, Section, Tokens
 from megatron_tokenformer.errors import UserError
@@ -23,6 +23,8 @@ class Growth(Section):
     """steps of the next stage over which tau is annealed"""
     optimizer: Literal["carry", "reset"] = "carry"
     """carry: old rows keep their Adam moments and the step count, new rows start at zero; reset: all do"""
+    old_token_noise: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """standard deviation of normal noise that is added to the old rows of K and V; above 0 is inexact"""
     allow_inexact: bool = False
     """grow under score_norm softmax too, where the function always changes"""
 
@@ -61,3 +63,18 @@ def check_growth(before: Model, after: Model, growth: Growth) -> None:
             "under model.score_norm=softmax a new token has weight even with a zero key, so growth changes "
             "the function; allow_inexact accepts that, and the next stage tells the change of the loss"
         )
+
+
+def changes_of_function(model: Model, growth: Growth) -> list[str]:
+    """Why the grown model does not compute what the old one did; empty if it does, exactly.
+
+    Args:
+        model: the old or the grown one; they differ in tokens alone.
+    """
+    reasons = {
+        "under score_norm=softmax a new token has weight even with a zero key": model.score_norm == "softmax",
+        "keys=normal gives new tokens weight at once": growth.keys == "normal",
+        f"noise of {growth.old_token_noise:g} is added to the old tokens": growth.old_token_noise > 0,
+        "tau=sqrt scales every weight anew": growth.tau == "sqrt",
+    }
+    return [reason for reason, holds in reasons.items() if holds]

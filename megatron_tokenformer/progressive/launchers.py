@@ -159,6 +159,7 @@ def grow_command(stage: Stage, source: Path) -> Command:
     argv += ["--tau", growth.tau, "--keys", growth.keys, "--values", growth.values]
     argv += ["--optimizer", growth.optimizer]
     argv += ["--tau-steps", str(growth.tau_steps)] if growth.tau_steps else []
+    argv += ["--old-token-noise", str(growth.old_token_noise)] if growth.old_token_noise else []
     argv += ["--allow-inexact"] if growth.allow_inexact else []
     return Command(argv)
 

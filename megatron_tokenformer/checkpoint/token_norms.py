@@ -1,0 +1,107 @@
+"""Mean norms of old and new parameter tokens, from the bytes that a growth reads and writes anyway."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_tokenformer.checkpoint.manifest import WEIGHT, Interval, Shard
+from megatron_tokenformer.model.tau import ROLES
+
+KINDS = {"key_tokens": "keys", "value_tokens": "values"}
+
+
+class TokenNorms:
+    """Sums of squares of every row of K and V, from pieces of the flattened parameters in any order.
+
+    Args:
+        shapes: of the grown model, by canonical name.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._width = {name: shape[1] for name, shape in shapes.items() if is_token(name)}
+        self._squares = {name: np.zeros(shapes[name][0]) for name in self._width}
+
+    def add(self, name: str, first: int, values: np.ndarray) -> None:
+        """Elements [first, first + len(values)) of a parameter, fp32; what is not K or V is passed over."""
+        if name not in self._width:
+            return
+        width, squares = self._width[name], self._squares[name]
+        row, within = divmod(first, width)
+        head = min(-within % width, len(values))
+        rows = (len(values) - head) // width
+        tail = head + rows * width
+        if head:
+            squares[row] += np.dot(values[:head], values[:head])
+            row += 1
+        whole = values[head:tail].reshape(rows, width)
+        squares[row : row + rows] += np.einsum("ij,ij->i", whole, whole)
+        if tail < len(values):
+            squares[row + rows] += np.dot(values[tail:], values[tail:])
+
+    def means(self, old_rows: dict[str, int], read: bool) -> dict[str, dict[str, float | None]]:
+        """By role, the mean norms of `old_keys`, `new_keys`, `old_values`, `new_values` over all layers.
+
+        Args:
+            old_rows: of each parameter in the old model.
+            read: whether the old rows were added; else they have no mean.
+
+        Returns:
+            None for what has no rows, or was not read.
+        """
+        norms: dict[str, dict[str, list[np.ndarray]]] = {role: {} for role in ROLES}
+        for name, squares in self._squares.items():
+            rows, kind = np.sqrt(squares), KINDS[name.rsplit(".", 1)[1]]
+            old = norms[role_of(name)].setdefault(f"old_{kind}", [])
+            new = norms[role_of(name)].setdefault(f"new_{kind}", [])
+            old += [rows[: old_rows[name]]] if read else []
+            new.append(rows[old_rows[name] :])
+        return {role: {key: _mean(parts) for key, parts in each.items()} for role, each in norms.items()}
+
+
+class ShardReader:
+    """Takes the bytes of a shard in order and hands the weights among them to a TokenNorms."""
+
+    def __init__(self, path: Path, shard: Shard, norms: TokenNorms) -> None:
+        self._norms, self._place = norms, 0
+        self._weights: list[tuple[int, int, Interval]] = []
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            try:
+                header: dict[str, Any] = json.loads(file.read(min(size, shard.size)))
+                for interval in shard.intervals:
+                    if is_token(interval.name):
+                        start, stop = header[interval.key(WEIGHT)]["data_offsets"]
+                        self._weights.append((8 + size + start, 8 + size + stop, interval))
+            except (ValueError, KeyError, TypeError):
+                # The file is damaged, which its hash tells to whoever reads it to the end.
+                self._weights.clear()
+
+    def take(self, block: memoryview) -> None:
+        """The next bytes of the file."""
+        end = self._place + len(block)
+        for start, stop, interval in self._weights:
+            first, last = max(start, self._place), min(stop, end)
+            if first < last:
+                values = np.frombuffer(block[first - self._place : last - self._place], dtype="<f4")
+                self._norms.add(interval.name, interval.start + (first - start) // 4, values)
+        self._place = end
+
+
+def is_token(name: str) -> bool:
+    """Whether a parameter's rows are parameter tokens."""
+    return name.rsplit(".", 1)[-1] in KINDS
+
+
+def role_of(name: str) -> str:
+    """The key of `model.tokens` that counts the rows of this parameter."""
+    part = name.split(".")[-2]
+    return part if part in ROLES else "qkv"
+
+
+def _mean(parts: list[np.ndarray]) -> float | None:
+    rows = np.concatenate(parts) if parts else np.empty(0)
+    return float(rows.mean()) if len(rows) else None

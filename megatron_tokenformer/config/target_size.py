@@ -1,0 +1,88 @@
+"""How large a grown model shall be: as token counts by role, or as a number of parameters."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from megatron_tokenformer.config.schema import Model, Tokens
+from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.errors import UserError
+
+MULTIPLE = 32
+"""token counts chosen here are multiples of this, so that products stay aligned when ranks split them"""
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)", re.IGNORECASE)
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def parse_tokens(text: str, before: Tokens) -> Tokens:
+    """`qkv=2144,output=2144,ffn=8576` as token counts; a role that is left out keeps its tokens.
+
+    Raises:
+        UserError: not of this form, an unknown role, one named twice, or a count that is none.
+    """
+    counts = before.model_dump()
+    named: set[str] = set()
+    for part in text.split(","):
+        role, equals, count = (piece.strip() for piece in part.partition("="))
+        if not equals or role not in counts or role in named or not count.isdecimal() or int(count) == 0:
+            raise UserError(
+                f"--tokens {text}: '{part}' is not a count for a role; write ROLE=COUNT with commas between, "
+                f"each ROLE one of {', '.join(counts)} and at most once"
+            )
+        named.add(role)
+        counts[role] = int(count)
+    return Tokens(**counts)
+
+
+def parse_count(text: str) -> int:
+    """`757M`, `1.4B` or `756000000` as a number.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        raise UserError(
+            f"--target-params {text} is not a number of parameters; write one such as 757M or 1.4B"
+        )
+    return int(Fraction(match[1]) * _FACTORS[match[2].upper()])
+
+
+def tokens_for(before: Model, parameters: int) -> Tokens:
+    """Tokens with which the model has about this many parameters, in the proportions that they have now.
+
+    The role with the fewest tokens gets the nearest multiple of 32, the others follow it, each to the nearest
+    multiple of 32, and none loses tokens.
+
+    Raises:
+        UserError: the model would not be larger than it is.
+    """
+    now = parameter_count(before)
+    counts = before.tokens.model_dump()
+    fewest = min(counts.values())
+    fixed = now - sum(_parameters_per_token(before)[role] * count for role, count in counts.items())
+    scale = Fraction(max(parameters - fixed, 0), now - fixed)
+    chosen = _to_multiple(scale * fewest)
+    tokens = {
+        role: max(count, _to_multiple(Fraction(chosen * count, fewest))) for role, count in counts.items()
+    }
+    after = before.model_copy(update={"tokens": Tokens(**tokens)})
+    if parameters <= now or parameter_count(after) <= now:
+        raise UserError(
+            f"--target-params {parameters:,} is no growth: the checkpoint's model has {now:,} parameters, "
+            f"and with the nearest multiples of {MULTIPLE} tokens it would have {parameter_count(after):,}"
+        )
+    return after.tokens
+
+
+def _parameters_per_token(model: Model) -> dict[str, int]:
+    """Parameters that one more token of a role brings, over all layers."""
+    row = 2 * model.hidden_size * model.layers
+    return {"qkv": 3 * row, "output": row, "ffn": row}
+
+
+def _to_multiple(count: Fraction) -> int:
+    """The nearest multiple of 32; the larger of two that are as near."""
+    return int((count / MULTIPLE + Fraction(1, 2)).__floor__()) * MULTIPLE
