@@ -217,7 +217,6 @@ def _new_rows(path: Path, plan: GrowthPlan, norms: TokenNorms) -> Shard:
     intervals = [
         Interval(new.name, new.rows.start * new.width, new.rows.stop * new.width) for new in plan.added
     ]
-
     zeros = torch.zeros(ZERO_BLOCK)  # one for all: filling it again and again took a fifth of the time
 
     def blocks() -> Iterator[Tensor]:
