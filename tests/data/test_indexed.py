@@ -35,7 +35,7 @@ def test_bytes_equal_megatron_cores(
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     # So that an index of a few hundred documents already takes several parts.
-    monkeypatch.setattr(indexed, "_PART", 256)
+    monkeypatch.setattr(indexed, "PART", 256)
     generator = np.random.default_rng(documents)
     texts = [generator.integers(0, 60_000, generator.integers(1, 50)).tolist() for _ in range(documents)]
     ours = write(tmp_path / "ours", texts, dtype)
@@ -82,7 +82,7 @@ def test_documents_of_several_sequences_are_megatron_cores(
 ) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    monkeypatch.setattr(indexed, "_PART", 2)
+    monkeypatch.setattr(indexed, "PART", 2)
     sequences = [list(range(10 * i, 10 * i + i + 1)) for i in range(6)]
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     at = 0
