@@ -16,8 +16,9 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, Shard
+from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, Shard, read_manifest
 from megatron_tokenformer.errors import UserError
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
@@ -156,6 +157,19 @@ def drop_from_cache(path: Path) -> None:
     """Forget a durable file's pages, so that the next read is from the disk."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Read a checkpoint whole: its manifest, and all shards against their hashes.
+
+    Raises:
+        UserError: names the first file that is not what it was, and why.
+    """
+    shards = read_manifest(folder).shards
+    total = sum(shard.size for shard in shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder.name}", disable=None) as bar:
+        for shard in shards:
+            verify_shard(folder, shard, bar.update)
 
 
 def _check_hash(source: Path, shard: Shard, found: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tokenformer.checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
@@ -59,11 +60,15 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(f"no complete checkpoint at {path}: no {MANIFEST} there or in a step-* folder")
 
 
-def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest and shard sizes are in order, passing over bad ones."""
+def newest_good(folder: Path, check: Callable[[Path], object] = read_manifest) -> Path | None:
+    """The newest checkpoint that is in order, passing over bad ones with a warning.
+
+    Args:
+        check: raises UserError for a bad one; by default manifest and shard sizes are looked at.
+    """
     for path in reversed(complete_checkpoints(folder)):
         try:
-            read_manifest(path)
+            check(path)
             return path
         except UserError as error:
             print(f"warning: passing over {path}: {error}", flush=True)

@@ -187,6 +187,8 @@ class Checkpoint(Section):
     takes host memory for one copy of each rank's own part"""
     max_failures: PositiveInt = 3
     """so many failed saves in a row end the run; the last save of a run must not fail"""
+    verify: bool = False
+    """read all of a checkpoint and compare its hashes before loading; by default sizes and structure alone"""
     check_loss: bool = True
     """stop if the first loss after a load is not what it was for the run that saved, on the same samples"""
     load: str | None = None

@@ -22,6 +22,7 @@ FREE_SETTINGS = (
     "checkpoint.asynchronous",
     "checkpoint.max_failures",
     "checkpoint.check_loss",
+    "checkpoint.verify",
     "data.tokenizer.",
     "training.micro_batch_size",
     "training.recompute",

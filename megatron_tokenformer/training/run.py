@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
 from megatron_tokenformer.checkpoint.saving import Saver
+from megatron_tokenformer.checkpoint.shards import verify_checkpoint
 from megatron_tokenformer.config.schema import Model, RunConfig, check_world
 from megatron_tokenformer.data.batches import Blend, open_blend
 from megatron_tokenformer.data.documents import end_of_document_id
@@ -153,9 +154,11 @@ def find_restore_point(config: RunConfig, tokenizer: TokenizerRecord | None) -> 
     Raises:
         UserError: there is none where one was asked for, or it is of another model or tokenizer.
     """
-    path = store.newest_good(checkpoint_folder(config))
+    check = verify_checkpoint if config.checkpoint.verify else read_manifest
+    path = store.newest_good(checkpoint_folder(config), check)
     if path is None and config.checkpoint.load is not None:
         path = store.find_checkpoint(config.checkpoint.load)
+        check(path)
     if path is None:
         return None
     manifest = read_manifest(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_tokenformer.checkpoint.manifest import read_manifest
+from megatron_tokenformer.checkpoint.shards import IntervalReader, verify_checkpoint
 from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint, newest_good
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
@@ -146,6 +149,51 @@ def test_damage_is_refused_with_file_and_reason_and_the_one_before_is_taken(save
     assert str(newest) in str(refused.value)
     found = newest_good(saved / "checkpoints")
     assert found is not None and found.name == "step-00000002"
+
+
+def test_a_flipped_byte_is_found_when_hashes_are_read(saved: Path, folder: Path) -> None:
+    newest = find_checkpoint(saved)
+    (shard,) = newest.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    config = toy_config(folder).model_copy(update={"run_dir": str(saved)})
+    verified = {"verify": True, "load": str(newest)}
+    verify = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=verified)})
+    assert find_restore_point(config, None) == newest
+    found = find_restore_point(verify, None)
+    assert found is not None and found.name == "step-00000002"
+    with pytest.raises(UserError, match=f"{shard} is damaged: its hash"):
+        find_restore_point(verify.model_copy(update={"run_dir": str(saved / "new")}), None)
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(saved: Path, tmp_path: Path) -> None:
+    newest, marker = find_checkpoint(saved), tmp_path / "exploded"
+    manifest = read_manifest(newest)
+    (shard,) = newest.glob("*.safetensors")
+    bomb = pickle.dumps(Bomb(marker))
+    shard.write_bytes(bomb + bytes(shard.stat().st_size - len(bomb)))
+    for check in (read_manifest, verify_checkpoint):
+        with contextlib.suppress(UserError):
+            check(newest)
+    with pytest.raises(UserError, match="checkpoint shard"):
+        list(IntervalReader(newest, manifest).read(manifest.shards[0].intervals[0], "weight"))
+    (newest / "manifest.json").write_bytes(bomb)
+    with pytest.raises(UserError):
+        read_manifest(newest)
+    assert not marker.exists()
+    pickle.loads(bomb)
+    assert marker.exists()
 
 
 def test_a_checkpoint_of_another_shape_is_refused(saved: Path, folder: Path) -> None:
