@@ -108,11 +108,12 @@ class Journal:
         Raises:
             UserError: it is not dead.
         """
+        done = Done()
         with suppress(UserError):  # a damaged journal names no files
             done, _ = self._load()
-            for counts in done.outputs.values():
-                # Opened to be sure that no process writes it.
-                TokenFileWriter(counts.prefix, np.dtype(np.uint16)).discard()
+        for counts in done.outputs.values():
+            # Opened to be sure that no process writes it.
+            TokenFileWriter(counts.prefix, np.dtype(np.uint16)).discard()
         self.remove()
 
     def _load(self) -> tuple[Done, dict[str, Any]]:

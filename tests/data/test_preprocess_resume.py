@@ -10,10 +10,12 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_tokenformer.data import outputs
 from megatron_tokenformer.data.encode import Job
+from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.data.journal import Journal
 from megatron_tokenformer.data.preprocess import Options, preprocess
 from megatron_tokenformer.errors import UserError
@@ -202,9 +204,19 @@ def test_a_damaged_journal_is_named(tmp_path: Path, inputs: list[str]) -> None:
 
 
 def test_two_runs_do_not_write_the_same_output(tmp_path: Path, inputs: list[str]) -> None:
-    from megatron_tokenformer.data.indexed import TokenFileWriter
-
-    with TokenFileWriter(str(tmp_path / "out_text_document"), "uint16"):
+    with TokenFileWriter(str(tmp_path / "out_text_document"), np.dtype(np.uint16)):
         with pytest.raises(UserError, match="another process is writing"):
             preprocess(inputs, str(tmp_path / "out"), BYTES)
     preprocess(inputs, str(tmp_path / "out"), BYTES)
+
+
+def test_restart_leaves_the_journal_of_a_run_that_is_alive(tmp_path: Path, inputs: list[str]) -> None:
+    break_file(inputs[5])
+    with pytest.raises(UserError, match="malformed"):
+        preprocess(inputs, str(tmp_path / "out"), BYTES)
+    journal = tmp_path / "out_text_document.journal"
+    before = journal.read_bytes()
+    with TokenFileWriter(str(tmp_path / "out_text_document"), np.dtype(np.uint16)):
+        with pytest.raises(UserError, match="another process is writing"):
+            preprocess(inputs, str(tmp_path / "out"), BYTES, Options(restart=True))
+        assert journal.read_bytes() == before
