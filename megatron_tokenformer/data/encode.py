@@ -74,7 +74,6 @@ class Encoded(NamedTuple):
 
     parts: list[Part]
     problems: list[Problem]
-    path: str
     input_bytes: int
     ends_file: bool
     ends_document: bool = False
@@ -86,7 +85,7 @@ def encode(work: Work, tokenizer: Tokenizer, job: Job) -> Encoded:
         text: str = orjson.loads(work.text)
         part = _encode_texts([text], work.component, tokenizer, append_eod=False)
         piece = part._replace(lengths=None, empty_texts=0)
-        return Encoded([piece], [], work.path, work.input_bytes, False, work.ends_document)
+        return Encoded([piece], [], work.input_bytes, False, work.ends_document)
     texts, components, problems = parse_lines(work.data, work.path, work.first_line, job.fields)
     if job.split_by:
         # Stable: the documents of a component stay in order.
@@ -97,15 +96,16 @@ def encode(work: Work, tokenizer: Tokenizer, job: Job) -> Encoded:
     parts = [_encode_texts(group, name, tokenizer, job.append_eod) for name, group in groups]
     if work.problem:
         problems.append(work.problem)
-    return Encoded(parts, problems, work.path, work.input_bytes, work.ends_file)
+    return Encoded(parts, problems, work.input_bytes, work.ends_file)
 
 
 def _encode_texts(texts: list[str], component: str, tokenizer: Tokenizer, append_eod: bool) -> Part:
     ids, lengths = tokenizer.encode_flat([text for text in texts if text])
     lengths = lengths[lengths > 0]
     # An end of document spelled out in a text forges a boundary: Megatron's ids are kept, but it is told.
-    own = tokenizer.encode("").count(tokenizer.eod_id)  # by the tokenizer's template
-    forged = int(np.count_nonzero(ids == tokenizer.eod_id)) - own * lengths.size
+    forged = int(np.count_nonzero(ids == tokenizer.eod_id))
+    if forged:  # but for those of the tokenizer's own template
+        forged -= tokenizer.encode("").count(tokenizer.eod_id) * lengths.size
     assert not ids.size or ids.max() < tokenizer.vocab_size, "an id beyond the vocabulary"
     empty = len(texts) - lengths.size
     tokens = ids.astype(token_dtype(tokenizer.vocab_size))

@@ -41,14 +41,12 @@ class TextPiece(NamedTuple):
     """A part of one document's text.
 
     Attributes:
-        path: the file that the document is in.
         text: the part as a JSON string, with its quotes.
         component: of the document.
         input_bytes: bytes of the file that were read for it.
         ends_document: whether it is the last one.
     """
 
-    path: str
     text: bytes
     component: str
     input_bytes: int
@@ -85,7 +83,7 @@ def read_pieces(line: LongLine, fields: Fields, fits: Fits) -> Iterator[TextPiec
         piece = b'"%b"' % line.file.read(cut - start)
         last = number == len(cuts)
         # All of the line's bytes count with its end.
-        yield TextPiece(line.path, piece, component, line.input_bytes if last else 0, last)
+        yield TextPiece(piece, component, line.input_bytes if last else 0, last)
         start = cut
 
 

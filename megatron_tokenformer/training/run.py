@@ -101,7 +101,7 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
 
 
 def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
-    """The training and validation blends, of one tokenizer whose ids the model and the config know.
+    """The training and validation blends, of one tokenizer whose ids the model knows.
 
     Raises:
         UserError: data are missing (exit code 2), do not fit the config or each other (2), are damaged (1).
@@ -113,9 +113,7 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     validation = open_blend(config.data.validation, length, seed) if config.data.validation else None
     for blend in filter(None, (training, validation)):
         blend.check_vocabulary(config.model.vocab_size)
-    made_with, configured = common_tokenizer(training, validation), config.data.tokenizer
-    if made_with is not None and configured is not None:
-        check_configured(made_with, **configured.model_dump())
+    common_tokenizer(training, validation)  # refuses two
     return training, validation
 
 
@@ -192,7 +190,15 @@ def _open_data_everywhere(config: RunConfig) -> tuple[Blend, Blend | None]:
     Raises:
         UserError: the main rank's mistake, which is likely everyone's, or names the ranks that differ.
     """
-    expected = from_main_rank(lambda: _identities(*open_data(config)))
+
+    def open_on_main_rank() -> dict[str, Identity]:
+        blends = open_data(config)
+        made_with, configured = common_tokenizer(*blends), config.data.tokenizer
+        if made_with is not None and configured is not None:
+            check_configured(made_with, **configured.model_dump())
+        return _identities(*blends)
+
+    expected = from_main_rank(open_on_main_rank)
     opened: list[tuple[Blend, Blend | None]] = []
 
     def open_here() -> None:
