@@ -37,6 +37,8 @@ class Fragment:
     interval: Interval
     states: dict[str, Tensor]
     """views of the optimizer's own fp32 memory, one for each of STATES"""
+    offset: int
+    """where they begin in the flat vector of the rank"""
     owned: bool
     """whether this rank is the one to save it (tied and replicated parameters are on several)"""
 
@@ -62,6 +64,7 @@ def fragments(module: nn.Module, zero: Any, layout: Layout) -> Iterator[Fragment
         yield Fragment(
             Interval(name, start, start + here.numel),
             {key: vector.detach().narrow(0, here.start, here.numel) for key, vector in vectors.items()},
+            offset=here.start,
             owned=first_holder and (split or layout.tensor.rank == 0),
         )
 

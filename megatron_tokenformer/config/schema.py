@@ -140,6 +140,8 @@ class Optimizer(Section):
     """steps of linear warm-up to lr"""
     wsd_decay_fraction: Fraction = 0.2
     """with schedule wsd (warm-up, stable, decay): the last share of the steps, in which lr falls"""
+    old_token_lr_scale: Fraction = 1.0
+    """learning rate of parameter tokens from before the last growth, as a share of lr; 0 freezes them"""
 
     @model_validator(mode="after")
     def _min_below_max(self) -> Optimizer:

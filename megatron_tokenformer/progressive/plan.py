@@ -130,6 +130,11 @@ def _resolve(schedule: Schedule, wanted: StageConfig, path: Path, previous: Stag
     )
     check_world(config, stage.nodes * stage.processes_per_node)
     if previous is None:
+        if config.optimizer.old_token_lr_scale < 1.0 and config.checkpoint.load is None:
+            raise UserError(
+                "the stage is the first, so none of its tokens are older; "
+                "give optimizer.old_token_lr_scale to later ones alone"
+            )
         return stage
     with _naming(f"grown from '{previous.name}'"):
         check_growth(previous.config.model, config.model, stage.growth)

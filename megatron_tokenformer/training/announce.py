@@ -38,6 +38,10 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
         run.log.say(f"from {path} at step {progress.step}, {progress.tokens:,} tokens seen")
         for change in order_changes(manifest, config, progress.source_tokens):
             run.log.say(f"note: {change}, so samples come in another order than the ones seen so far")
+        scale = config.optimizer.old_token_lr_scale
+        if scale < 1.0:
+            how = f"train at {scale:g} of the learning rate" if scale else "are frozen"
+            run.log.say(f"parameter tokens from before the last growth {how}")
     training, sources = config.training, run.training_data.sources
     needed = training.steps * training.global_batch_size
     evaluated = training.eval_steps * training.global_batch_size

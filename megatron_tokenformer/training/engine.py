@@ -13,12 +13,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron_tokenformer.config.schema import Optimizer, Precision, RunConfig
+from megatron_tokenformer.config.schema import Precision, RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
 from megatron_tokenformer.model.pipeline import language_model_loss, pipeline_layers
 from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
 from megatron_tokenformer.quiet import quiet_start
+from megatron_tokenformer.training.optimizer import build_adamw
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,12 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
         engine, *_ = deepspeed.initialize(
             model=module,
             # One group: a group that exists on one pipeline stage alone hangs the norm's collective.
-            optimizer=adamw(list(module.parameters()), config.optimizer),
+            optimizer=build_adamw(list(module.parameters()), config.optimizer),
             config=deepspeed_config(config, precision, accumulation),
             dist_init_required=False,
         )
     limit_grid_timeouts(engine.grid, layout.timeout)
     return Engine(engine, precision)
-
-
-def adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
-    """torch's fused AdamW with the run's settings."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        fused=True,
-    )
 
 
 def resolve_precision(config: RunConfig, layout: Layout) -> Precision:
@@ -118,6 +107,8 @@ def deepspeed_config(config: RunConfig, precision: Precision, accumulation: int)
             # The default of 5e8 elements is allocated at every step.
             "reduce_bucket_size": 50_000_000,
         },
+        # Its list of tested optimizers knows AdamW, but no subclass of it.
+        "zero_allow_untested_optimizer": True,
         # The default scatters stage boundaries over tensor ranks, wrong under sequence parallelism.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
     }

@@ -28,6 +28,7 @@ from megatron_tokenformer.training.announce import announce
 from megatron_tokenformer.training.continuity import Continuity
 from megatron_tokenformer.training.engine import Engine, build_engine
 from megatron_tokenformer.training.metrics import MetricsLog
+from megatron_tokenformer.training.old_tokens import slow_old_tokens, slowed_rows
 from megatron_tokenformer.training.progress import Progress
 
 
@@ -84,9 +85,13 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
             f"{config.run_dir} has done {done} steps, more than training.steps={steps}; "
             f"training.steps={done} would work, or another run_dir"
         )
+    slowed = slowed_rows(config.optimizer, restored[1] if restored else None)
     engine = build_engine(config, layout, accumulation)
     if restored:
         engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
+    if slowed:
+        parts = (engine.deepspeed.module, engine.deepspeed.optimizer, layout)
+        slow_old_tokens(*parts, slowed, config.optimizer.old_token_lr_scale)
     folder = checkpoint_folder(config)
     continuity = Continuity(config, layout, folder, engine.precision, path, progress.position)
     # At step 0 the first thing that a run does is to measure and log it again.

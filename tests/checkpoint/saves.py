@@ -27,9 +27,10 @@ def state(layout: Layout, value: float = 0.0) -> list[Fragment]:
         Fragment(
             Interval(name, rows.start, rows.stop),
             {key: torch.full((WIDTH,), value) for key in STATES},
+            offset=WIDTH * number,
             owned=True,
         )
-        for name in TENSORS
+        for number, name in enumerate(TENSORS)
     ]
 
 

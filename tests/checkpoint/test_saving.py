@@ -53,7 +53,10 @@ def test_a_checkpoint_is_of_its_moment_however_training_goes_on(tmp_path: Path) 
 def save_large(layout: Layout, folder: Path) -> None:
     values = {key: torch.arange(LARGE) + number * LARGE for number, key in enumerate(STATES)}
     held = Fragment(
-        Interval("large", 0, LARGE), {key: value.float() for key, value in values.items()}, owned=True
+        Interval("large", 0, LARGE),
+        {key: value.float() for key, value in values.items()},
+        offset=0,
+        owned=True,
     )
     with open_saver(layout, folder, print) as saver:
         for step in (1, 2):
