@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_tokenformer.checkpoint.manifest import read_manifest
-from megatron_tokenformer.checkpoint.shards import IntervalReader, verify_checkpoint
-from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint, newest_good
+from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout
@@ -117,40 +114,6 @@ def saved(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "two"
 
 
-def edit_manifest(checkpoint: Path, edit: Any) -> None:
-    path = checkpoint / "manifest.json"
-    stored = json.loads(path.read_text())
-    edit(stored)
-    path.write_text(json.dumps(stored))
-
-
-DAMAGES = {
-    "is damaged: Expecting": lambda c: (c / "manifest.json").write_text('{"version": 1, '),
-    "format version 2": lambda c: edit_manifest(c, lambda m: m.update(version=2)),
-    "No such file": lambda c: (c / "rank-00000.safetensors").unlink(),
-    "bytes, its manifest says": lambda c: (c / "rank-00000.safetensors").write_bytes(b"short"),
-    "not a plain file name": lambda c: edit_manifest(c, lambda m: m["shards"][0].update(file="../../passwd")),
-    "gap in": lambda c: edit_manifest(c, lambda m: m["shards"][0]["intervals"][3].__setitem__(1, 7)),
-    "overlap in": lambda c: edit_manifest(
-        c, lambda m: m["shards"][0]["intervals"].append(m["shards"][0]["intervals"][0])
-    ),
-    "stored elements": lambda c: edit_manifest(
-        c, lambda m: m["shapes"]["embedding.weight"].__setitem__(0, 65)
-    ),
-}
-
-
-@pytest.mark.parametrize("words", DAMAGES)
-def test_damage_is_refused_with_file_and_reason_and_the_one_before_is_taken(saved: Path, words: str) -> None:
-    newest = find_checkpoint(saved)
-    DAMAGES[words](newest)
-    with pytest.raises(UserError, match=words) as refused:
-        read_manifest(newest)
-    assert str(newest) in str(refused.value)
-    found = newest_good(saved / "checkpoints")
-    assert found is not None and found.name == "step-00000002"
-
-
 def test_a_flipped_byte_is_found_when_hashes_are_read(saved: Path, folder: Path) -> None:
     newest = find_checkpoint(saved)
     (shard,) = newest.glob("*.safetensors")
@@ -160,40 +123,34 @@ def test_a_flipped_byte_is_found_when_hashes_are_read(saved: Path, folder: Path)
     config = toy_config(folder).model_copy(update={"run_dir": str(saved)})
     verified = {"verify": True, "load": str(newest)}
     verify = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=verified)})
-    assert find_restore_point(config, None) == newest
+    assert find_restore_point(config, None) == (newest, read_manifest(newest))
     found = find_restore_point(verify, None)
-    assert found is not None and found.name == "step-00000002"
+    assert found is not None and found[0].name == "step-00000002"
     with pytest.raises(UserError, match=f"{shard} is damaged: its hash"):
         find_restore_point(verify.model_copy(update={"run_dir": str(saved / "new")}), None)
 
 
-class Bomb:
-    """Unpickled, it makes a file."""
+@pytest.mark.parametrize("spelling", ["", "checkpoints", "checkpoints/", "link"])
+def test_from_a_folder_whose_newest_is_damaged_the_one_before_is_loaded(
+    saved: Path, folder: Path, spelling: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = find_checkpoint(saved)
+    (saved / "link").symlink_to("checkpoints")
+    (newest / "rank-00000.safetensors").unlink()
+    config = toy_config(folder, checkpoint={"load": f"{saved}/{spelling}"})
+    config = config.model_copy(update={"run_dir": str(saved / "new")})
+    found = find_restore_point(config, None)
+    assert found is not None and found[0].name == "step-00000002" and found[1].step == 2
+    assert re.search(r"warning: passing over .*/step-00000004: .* No such file", capsys.readouterr().out)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def test_nothing_is_unpickled(saved: Path, tmp_path: Path) -> None:
-    newest, marker = find_checkpoint(saved), tmp_path / "exploded"
-    manifest = read_manifest(newest)
-    (shard,) = newest.glob("*.safetensors")
-    bomb = pickle.dumps(Bomb(marker))
-    shard.write_bytes(bomb + bytes(shard.stat().st_size - len(bomb)))
-    for check in (read_manifest, verify_checkpoint):
-        with contextlib.suppress(UserError):
-            check(newest)
-    with pytest.raises(UserError, match="checkpoint shard"):
-        list(IntervalReader(newest, manifest).read(manifest.shards[0].intervals[0], "weight"))
-    (newest / "manifest.json").write_bytes(bomb)
-    with pytest.raises(UserError):
-        read_manifest(newest)
-    assert not marker.exists()
-    pickle.loads(bomb)
-    assert marker.exists()
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(saved: Path, folder: Path) -> None:
+    for path in complete_checkpoints(saved / "checkpoints"):
+        (path / "rank-00000.safetensors").unlink()
+    for load in (None, str(folder / "two")):
+        config = toy_config(folder, checkpoint={"load": load}).model_copy(update={"run_dir": str(saved)})
+        with pytest.raises(UserError, match=r"No such file .*; to start the run anew, remove .*checkpoints"):
+            find_restore_point(config, None)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(saved: Path, folder: Path) -> None:
