@@ -230,7 +230,8 @@ def _check_structure(manifest: Manifest) -> None:
         raise ValueError("a tau lacks its start, end or steps")
     if min(manifest.totals.values()) < 0:
         raise ValueError(f"totals are {manifest.totals}")
-    if any(not isinstance(manifest.config.get(key, {}), dict) for key in ("model", "training", "data")):
+    sections = ("model", "data", "optimizer", "training")
+    if any(not isinstance(manifest.config.get(key, {}), dict) for key in sections):
         raise ValueError("config has a section that is none")
     if manifest.states not in ([WEIGHT], list(STATES)):
         raise ValueError(f"states are {manifest.states}")

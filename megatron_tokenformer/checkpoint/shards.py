@@ -169,11 +169,20 @@ def verify_checkpoint(folder: Path) -> Manifest:
         UserError: names the first file that is not what it was, and why.
     """
     manifest = read_manifest(folder)
+    for error in damaged_shards(folder, manifest):
+        raise error
+    return manifest
+
+
+def damaged_shards(folder: Path, manifest: Manifest) -> Iterator[UserError]:
+    """Read all shards, with a progress bar; for each that is not what it was, the error that says so."""
     total = sum(shard.size for shard in manifest.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder.name}", disable=None) as bar:
         for shard in manifest.shards:
-            verify_shard(folder, shard, bar.update)
-    return manifest
+            try:
+                verify_shard(folder, shard, bar.update)
+            except UserError as error:
+                yield error
 
 
 def _check_hash(source: Path, shard: Shard, found: str) -> None:

@@ -66,7 +66,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
     if (path / MANIFEST).is_file():
         return [path]
     for folder in (path, path / "checkpoints"):
-        latest, complete = _read_latest(folder), complete_checkpoints(folder)
+        latest, complete = read_latest(folder), complete_checkpoints(folder)
         if complete:
             return sorted(reversed(complete), key=lambda found: found != latest)
     raise UserError(f"no complete checkpoint at {path}: no {MANIFEST} there or in a step-* folder")
@@ -183,7 +183,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _read_latest(folder: Path) -> Path | None:
+def read_latest(folder: Path) -> Path | None:
     """What `latest` names, be it complete or not; nothing outside of the folder."""
     try:
         name = read_small(folder / LATEST, 64).decode("ascii").strip()
