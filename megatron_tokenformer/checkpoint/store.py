@@ -6,10 +6,11 @@ complete or it is not there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_tokenformer.checkpoint.manifest import (
@@ -111,7 +112,8 @@ def make_empty(folder: Path) -> None:
 
 def publish(temporary: Path, manifest: Manifest) -> Path:
     """Make a checkpoint whose shards are durable in `temporary` complete, and name it in `latest`."""
-    write_manifest(temporary, manifest)
+    with naming(temporary / MANIFEST):
+        write_manifest(temporary, manifest)
     _sync_folder(temporary)
     final = temporary.parent / step_name(manifest.step)
     if final.exists():  # a run that went back to an earlier step writes this one again
@@ -167,12 +169,26 @@ def clear_leftovers(folder: Path) -> None:
 def replace_durably(path: Path, text: str) -> None:
     """Replace a small file so that it holds the old text or the new, whatever happens."""
     temporary = path.with_name(f".{path.name}{WRITING}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with naming(path), open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file in the error of a write, which does not know it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
 
 
 def _remove(path: Path) -> None:
