@@ -135,6 +135,10 @@ STRUCTURE: dict[str, tuple[Damage, str]] = {
     "a huge position": (changed("position", 10**30), "position: "),
     "a section that is none": (changed("config", {"model": 5}), "config has a section that is none"),
     "no taus": (changed("taus", {}), "taus lack ffn"),
+    "a tau that commands terminals": (
+        edited(lambda stored: stored["taus"].update({"\x1b[2J": 5})),
+        r"taus\.\\x1b\[2J: Input",
+    ),
     "half a state": (changed("states", ["weight", "exp_avg"]), "states are"),
     "a shape below 1": (changed("shapes", {FIRST: [-2, -WIDTH]}), "greater than or equal to 1"),
     "a shape too large": (
