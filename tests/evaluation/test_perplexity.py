@@ -48,19 +48,12 @@ def write_ids(folder: Path, name: str, ids: Sequence[int]) -> str:
     return prefix
 
 
-def write_some(folder: Path, name: str, tokens: int, seed: int = 0) -> str:
-    """A dataset like the toy's of any number of tokens; its prefix."""
-    steps = np.random.default_rng(seed).integers(0, 3, size=tokens)
-    return write_ids(folder, name, (np.cumsum(steps) % VOCABULARY).tolist())
-
-
 def train_here(folder: Path, tensor: int = 1, pipeline: int = 1, **sections: dict[str, Any]) -> RunConfig:
     """Ten steps of the toy, and a validation over exactly all the windows of its validation data."""
-    validation = write_some(folder, "validation", 16 * LENGTH + 1, seed=1)
+    validation = write_tokens(folder, "validation", tokens=16 * LENGTH + 1, seed=1)
     data = {"validation": validation, **sections.pop("data", {})}
-    config = toy_config(
-        folder, parallel={"tensor": tensor, "pipeline": pipeline}, **{"data": data}, **sections
-    )
+    layout, training = {"tensor": tensor, "pipeline": pipeline}, {"micro_batch_size": 4}
+    config = toy_config(folder, parallel=layout, data=data, training=training, **sections)
     run_ranks(tensor * pipeline, train_toy, config, tensor=tensor, pipeline=pipeline)
     return config
 
@@ -137,9 +130,8 @@ def test_documents_are_treated_as_in_the_runs_own_validation(
     tmp_path: Path, isolate: bool, mask: bool
 ) -> None:
     training = write_documents(tmp_path, "training")
-    rows = TokenFile(write_documents(tmp_path, "validation", seed=2)).tokens
-    prefix = str(tmp_path / "validation_text_document")
-    windows = (rows - 1) // LENGTH  # the run's validation leaves out what is left over
+    prefix = write_documents(tmp_path, "validation", documents=100, seed=2)
+    windows = (TokenFile(prefix).tokens - 1) // LENGTH  # the run's validation leaves out what is left over
     data = {"train": training, "validation": prefix, "isolate_documents": isolate, "eod_mask_loss": mask}
     options = {"global_batch_size": windows, "eval_steps": 1, "steps": 2}
     config = toy_config(tmp_path, data=data, training=options)
@@ -190,8 +182,8 @@ def test_tau_is_that_of_the_checkpoints_step(trained: RunConfig) -> None:
 def test_bits_per_byte_are_those_of_the_text_and_in_proportion_for_a_part(
     trained: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = describe(write_some(tmp_path, "one", 301, seed=3), text_bytes=1_234)
-    two = describe(write_some(tmp_path, "two", 501, seed=4), text_bytes=4_321)
+    one = describe(write_tokens(tmp_path, "one", tokens=301, seed=3), text_bytes=1_234)
+    two = describe(write_tokens(tmp_path, "two", tokens=501, seed=4), text_bytes=4_321)
     path = find_checkpoint(trained.run_dir)
     told = evaluate_json(capsys, "--load", trained.run_dir, "--data", one, two)
     bits = [plain_loss(path, prefix, LENGTH)[0] * n / math.log(2) for prefix, n in ((one, 300), (two, 500))]
@@ -209,8 +201,8 @@ def test_bits_per_byte_are_those_of_the_text_and_in_proportion_for_a_part(
 def test_without_a_description_there_are_no_bits_per_byte_and_a_note_says_so(
     trained: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bare = write_some(tmp_path, "bare", 101)
-    described = describe(write_some(tmp_path, "told", 101), text_bytes=9)
+    bare = write_tokens(tmp_path, "bare", tokens=101)
+    described = describe(write_tokens(tmp_path, "told", tokens=101), text_bytes=9)
     assert main(["--load", trained.run_dir, "--data", bare, described, "--json"]) == 0
     *_, note, last = capsys.readouterr().out.splitlines()
     assert note == f"note: no bits per byte: no description tells the text_bytes of {bare}"
@@ -226,7 +218,7 @@ def evaluate_here(layout: Layout, run_dir: str, prefixes: list[str]) -> list[tup
 
 
 def test_several_processes_find_what_one_does(trained: RunConfig, tmp_path: Path) -> None:
-    prefixes = [write_some(tmp_path, name, n, seed=n) for name, n in (("a", 1_001), ("b", 40))]
+    prefixes = [write_tokens(tmp_path, name, tokens=n, seed=n) for name, n in (("a", 1_001), ("b", 40))]
     alone = evaluate(open_evaluation(trained.run_dir, prefixes, micro_batch_size=3))
     expected = [(score.nats, score.tokens) for score in [*alone, total(alone)]]
     for found in run_ranks(3, evaluate_here, trained.run_dir, prefixes):
@@ -245,7 +237,7 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(tmp_path: Path) -> N
     train = describe(write_tokens(tmp_path), fingerprint="a" * 64)
     config = toy_config(tmp_path, training={"steps": 2})
     run_ranks(1, train_toy, config)
-    other = describe(write_some(tmp_path, "other", 101), fingerprint="b" * 64)
+    other = describe(write_tokens(tmp_path, "other", tokens=101), fingerprint="b" * 64)
     with pytest.raises(UserError, match=r"trained on data made with a\.json .*was made with b\.json"):
         open_evaluation(config.run_dir, [train, other])
 
