@@ -129,12 +129,12 @@ def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -
     print(f"windows of {opened.reading.sequence_length} tokens, precision {given.precision}")
     rows = [*scores, whole] if len(scores) > 1 else scores
     width = max(len(score.name) for score in rows)
-    print(f"{'dataset':<{width}}{'tokens':>16}{'loss':>10}{'perplexity':>14}{'bits per byte':>15}")
+    print(f"{'dataset':<{width}}{'tokens':>16}{'loss':>10}{'perplexity':>18}{'bits per byte':>15}")
     for score in rows:
         told = score.as_json()
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
         print(
-            f"{score.name:<{width}}{score.tokens:>16,}{score.val_loss:>10.4f}{told['val_ppl']:>14,.4f}{bits:>15}"
+            f"{score.name:<{width}}{score.tokens:>16,}{score.val_loss:>10.4f}{told['val_ppl']:>18,.6g}{bits:>15}"
         )
     unknown = [score.name for score in scores if score.bytes is None]
     if unknown:

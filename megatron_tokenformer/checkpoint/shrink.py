@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import Interval, Manifest
 from megatron_tokenformer.checkpoint.resize import (
     ResizePlan,
@@ -31,8 +32,8 @@ from megatron_tokenformer.checkpoint.resize import (
     refuse_a_runs_folder,
     write_whole,
 )
-from megatron_tokenformer.checkpoint.shards import IntervalReader, verify_shard, write_shard
-from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, is_token, mean, role_of
+from megatron_tokenformer.checkpoint.shards import verify_shard, write_shard
+from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, mean, role_of
 from megatron_tokenformer.config.growth import Shrinking, check_shrink
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
@@ -144,26 +145,15 @@ def choose(plan: ShrinkPlan) -> Choice:
 
 def _kept(plan: ShrinkPlan, choice: Choice, widths: dict[str, int]) -> Iterator[Tensor]:
     """The elements that stay: tensor by tensor, state by state, in blocks of rows."""
-    reader = IntervalReader(plan.source, plan.old)
-    for name, shape in tqdm(plan.old.shapes.items(), unit="tensor", desc="kept rows", disable=None):
-        rows = max(1, BLOCK_ELEMENTS // widths[name])
+    for name, width in tqdm(widths.items(), unit="tensor", desc="kept rows", disable=None):
+        rows = max(1, BLOCK_ELEMENTS // width)
         for state in plan.states:
-            for first in range(0, shape[0], rows):
-                block = range(first, min(first + rows, shape[0]))
-                if not is_token(name):
-                    yield _rows(reader, name, state, block, widths[name])
+            for first, values in read_blocks(plan.source, plan.old, name, state, rows * width):
+                if name not in choice.kept:
+                    yield values
                     continue
+                block, start = values.view(-1, width), first // width
                 kept = choice.kept[name]
-                here = kept[np.searchsorted(kept, block.start) : np.searchsorted(kept, block.stop)]
+                here = kept[np.searchsorted(kept, start) : np.searchsorted(kept, start + len(block))]
                 if len(here):
-                    whole = _rows(reader, name, state, block, widths[name])
-                    yield whole[torch.from_numpy(here - block.start)]
-
-
-def _rows(reader: IntervalReader, name: str, state: str, rows: range, width: int) -> Tensor:
-    """Rows of a tensor, [rows, width], from wherever shards hold pieces of them."""
-    wanted = Interval(name, rows.start * width, rows.stop * width)
-    block = torch.empty(wanted.stop - wanted.start)
-    for first, values in reader.read(wanted, state):
-        block[first - wanted.start :][: len(values)] = values
-    return block.view(len(rows), width)
+                    yield block[torch.from_numpy(here - start)]

@@ -64,11 +64,11 @@ def tokens_for(before: Model, parameters: int, shrink: bool = False) -> Tokens:
     fewest = min(counts.values())
     fixed = now - sum(_parameters_per_token(before)[role] * count for role, count in counts.items())
     scale = Fraction(max(parameters - fixed, 0), now - fixed)
-    chosen = max(_to_multiple(scale * fewest), MULTIPLE if shrink else 0)
-    limit = min if shrink else max
-    tokens = {
-        role: limit(count, _to_multiple(Fraction(chosen * count, fewest))) for role, count in counts.items()
-    }
+    least, limit = (MULTIPLE, min) if shrink else (0, max)
+    share = Fraction(max(least, _to_multiple(scale * fewest)), fewest)
+    if shrink and share >= 1:  # a role of so few tokens cannot lead: each goes its own way
+        share = scale
+    tokens = {role: limit(count, max(least, _to_multiple(share * count))) for role, count in counts.items()}
     after = before.model_copy(update={"tokens": Tokens(**tokens)})
     size, what = parameter_count(after), "shrinking" if shrink else "growth"
     if (parameters >= now or size >= now) if shrink else (parameters <= now or size <= now):

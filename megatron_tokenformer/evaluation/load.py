@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_tokenformer.checkpoint.manifest import WEIGHT, Interval, Manifest
-from megatron_tokenformer.checkpoint.shards import IntervalReader
+from megatron_tokenformer.checkpoint.blocks import read_blocks
+from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
 from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import Model, Precision
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
 
+BLOCK_ELEMENTS = 4 * 1024 * 1024
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -51,10 +52,8 @@ def load_model(path: Path, manifest: Manifest, precision: Precision, device: tor
             exit_code=1,
         )
     model = model.to(DTYPES[resolve(precision, device)]).to_empty(device=device).requires_grad_(False).eval()
-    reader = IntervalReader(path, manifest)
     for name, parameter in model.named_parameters():
-        flat = parameter.view(-1)
-        for first, values in reader.read(Interval(name, 0, len(flat)), WEIGHT):
-            flat[first : first + len(values)].copy_(values)
+        for first, values in read_blocks(path, manifest, name, WEIGHT, BLOCK_ELEMENTS):
+            parameter.view(-1)[first : first + len(values)].copy_(values)
     set_taus(model, taus_from_json(manifest.taus), manifest.step)
     return model
