@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 
 from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest, Shard, read_manifest
+from megatron_tokenformer.checkpoint.stored_model import stored_model
 from megatron_tokenformer.config.growth import Growth, Shrinking
-from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
@@ -65,7 +65,7 @@ def read_source(source: Path) -> tuple[Manifest, Model]:
         UserError: the manifest is damaged.
     """
     old = read_manifest(source)
-    return old, validate(Model, old.config.get("model", {}), str(source))
+    return old, stored_model(source, old)
 
 
 def refuse_a_runs_folder(folder: Path, verb: str) -> None:

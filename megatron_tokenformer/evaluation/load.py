@@ -9,9 +9,8 @@ import torch
 
 from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
-from megatron_tokenformer.config.load import validate
-from megatron_tokenformer.config.schema import Model, Precision
-from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.checkpoint.stored_model import stored_model
+from megatron_tokenformer.config.schema import Precision
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
 
@@ -42,15 +41,7 @@ def load_model(path: Path, manifest: Manifest, precision: Precision, device: tor
         UserError: the tensors are not those of the config's model, or a shard is not what the manifest says.
     """
     with torch.device("meta"):  # nothing is initialised only to be overwritten
-        model = LanguageModel(validate(Model, manifest.config.get("model", {}), str(path)))
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    if shapes != manifest.shapes:
-        odd = next(n for n in {**shapes, **manifest.shapes} if shapes.get(n) != manifest.shapes.get(n))
-        raise UserError(
-            f"checkpoint {path} is damaged: {odd} has shape {manifest.shapes.get(odd)}, in the model of its "
-            f"config {shapes.get(odd)}",
-            exit_code=1,
-        )
+        model = LanguageModel(stored_model(path, manifest))
     model = model.to(DTYPES[resolve(precision, device)]).to_empty(device=device).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         for first, values in read_blocks(path, manifest, name, WEIGHT, BLOCK_ELEMENTS):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation
 from megatron_tokenformer.training.metrics import read_rows
 from tests.checkpoint.test_grow import values
+from tests.checkpoint.test_grow_tool import last_line
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy, write_tokens
 from tools.grow_checkpoint import main
@@ -41,11 +41,6 @@ def resize(source: Path, *words: str, save: str = "out") -> Path:
     return folder if "--dry-run" in words else find_checkpoint(folder)
 
 
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    figures: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return figures
-
-
 def kept_by_brute_force(path: Path, pattention: str, count: int) -> list[int]:
     """Rows of the largest product of norms, found by sorting all of them."""
     reach = [
@@ -55,7 +50,7 @@ def kept_by_brute_force(path: Path, pattention: str, count: int) -> list[int]:
     return sorted(sorted(range(len(reach)), key=lambda row: reach[row], reverse=True)[:count])
 
 
-@pytest.mark.parametrize("block", [1, 100, shrink.BLOCK_ELEMENTS])
+@pytest.mark.parametrize("block", [100, shrink.BLOCK_ELEMENTS])
 def test_rows_that_go_are_those_of_least_reach_and_the_others_stay_as_they_are(
     source: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

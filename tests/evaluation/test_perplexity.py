@@ -179,6 +179,14 @@ def test_tau_is_that_of_the_checkpoints_step(trained: RunConfig) -> None:
     assert {layer.ffn.tau for layer in model.layers} == {11.0}
 
 
+def test_tensors_that_are_not_those_of_the_config_are_refused(trained: RunConfig) -> None:
+    path = find_checkpoint(trained.run_dir)
+    manifest = read_manifest(path)
+    manifest.config["model"]["tokens"]["ffn"] = 63
+    with pytest.raises(UserError, match=r"layers\.0\.ffn\.key_tokens of shape \[64, 32\].*\[63, 32\]"):
+        load_model(path, manifest, "fp32", CPU)
+
+
 def test_bits_per_byte_are_those_of_the_text_and_in_proportion_for_a_part(
     trained: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
