@@ -30,7 +30,7 @@ examples:
 
   # the components of the Pile, split by preprocess_data.py --split-by: a row for each, and the total
   python tools/evaluate.py --load runs/tokenformer-124m/checkpoints/step-00010000 \\
-      --data data/val_ArXiv_text_document data/val_Github_text_document --json
+      --data data/val_arxiv_text_document data/val_github_text_document --json
 
   # on 8 GPUs, each with the whole model and its share of the windows
   torchrun --nproc-per-node 8 tools/evaluate.py --load runs/tokenformer-124m --data PREFIX
