@@ -92,7 +92,7 @@ def open_evaluation(load: str | Path, prefixes: Sequence[str], **reading: int | 
     return Evaluation(path, manifest, config, how, datasets)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: rotary tables are kept, and what trains later could not use them
 def evaluate(opened: Evaluation, precision: Precision = "auto", layout: Layout | None = None) -> list[Score]:
     """The score of each dataset, the same on every rank.
 

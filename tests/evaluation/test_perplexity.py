@@ -25,6 +25,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation import perplexity
 from megatron_tokenformer.evaluation.load import load_model
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation, total
+from megatron_tokenformer.model.attention import _rotary_tables
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
 from megatron_tokenformer.parallel.layout import Layout
@@ -232,6 +233,14 @@ def test_several_processes_find_what_one_does(trained: RunConfig, tmp_path: Path
     for found in run_ranks(3, evaluate_here, trained.run_dir, prefixes):
         assert [tokens for _, tokens in found] == [tokens for _, tokens in expected]
         assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], rel=1e-12)
+
+
+def test_a_model_still_learns_in_a_process_that_has_evaluated(trained: RunConfig) -> None:
+    _rotary_tables.cache_clear()
+    evaluate(open_evaluation(trained.run_dir, [trained.data.validation[0][1]]))
+    model = LanguageModel(trained.model)
+    model(torch.zeros(1, LENGTH, dtype=torch.long)).sum().backward()
+    assert model.layers[0].attention.query.key_tokens.grad is not None
 
 
 def test_lower_precision_is_near(trained: RunConfig) -> None:
