@@ -91,8 +91,9 @@ def evaluate(run: Run) -> None:
     before, progress.val_loss = progress.val_loss, loss.item()
     if progress.step == 0 and progress.history and before is not None:
         change = progress.val_loss - before
+        done = "shrunk" if progress.history[-1].get("kind") == "shrink" else "grown"
         run.log.say(
-            f"grown: validation loss {before:.6f} before, {progress.val_loss:.6f} now ({change:+.0e})"
+            f"{done}: validation loss {before:.6f} before, {progress.val_loss:.6f} now ({change:+.0e})"
         )
     row = {
         "step": progress.step,

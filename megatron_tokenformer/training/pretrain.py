@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         pretrain(load_config(arguments.config, arguments.overrides))
     except Exception as error:
-        return _tell(in_words(error))
+        return tell(in_words(error))
     return 0
 
 
@@ -59,8 +59,8 @@ def pretrain(config: RunConfig) -> None:
     layout.stop()  # not after a failure: it would wait for ranks that still wait for this one
 
 
-def _tell(error: UserError) -> int:
-    """Say once what every rank ends with, and a failure of one rank with its number."""
+def tell(error: UserError) -> int:
+    """Say once what every rank ends with, and a failure of one rank with its number; its exit code."""
     rank, world_size = 0, 1
     with contextlib.suppress(UserError):
         here = find_processes()
