@@ -17,12 +17,13 @@ from typing import Any
 from megatron_tokenformer.checkpoint.grow import carry_out, grown_taus
 from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, check_space, in_bytes, plan_growth
 from megatron_tokenformer.checkpoint.manifest import read_manifest
-from megatron_tokenformer.checkpoint.store import find_checkpoint, replace_durably
+from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.growth import Growth, changes_of_function
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.config.target_size import parse_count, parse_tokens, tokens_for
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.model.tau import taus_from_json, taus_to_json
 

@@ -6,13 +6,13 @@ complete or it is not there.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tokenformer.checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from megatron_tokenformer.durable import replace_durably, sync_folder
 from megatron_tokenformer.errors import UserError
 
 LATEST = "latest"
@@ -86,13 +86,13 @@ def make_empty(folder: Path) -> None:
     missing = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True)
     for parent in missing:
-        _sync_folder(parent.parent)
+        sync_folder(parent.parent)
 
 
 def publish(temporary: Path, manifest: Manifest) -> Path:
     """Make a checkpoint whose shards are durable in `temporary` complete, and name it in `latest`."""
     write_manifest(temporary, manifest)
-    _sync_folder(temporary)
+    sync_folder(temporary)
     final = temporary.parent / step_name(manifest.step)
     if final.exists():  # a run that went back to an earlier step writes this one again
         replaced = final.with_name(f".{final.name}{REPLACED}")
@@ -102,7 +102,7 @@ def publish(temporary: Path, manifest: Manifest) -> Path:
         shutil.rmtree(replaced)
     else:
         temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     replace_durably(final.parent / LATEST, final.name + "\n")
     return final
 
@@ -122,7 +122,7 @@ def retain(folder: Path, keep_last: int, keep_every: int, newest: Path) -> None:
         try:
             # First another name: what is half deleted is not to be found.
             deleted = path.rename(path.with_name(f".{path.name}{DELETED}"))
-            _sync_folder(folder)
+            sync_folder(folder)
             shutil.rmtree(deleted)
         except OSError as error:
             print(f"warning: cannot delete {path}: {error.strerror}", flush=True)
@@ -144,28 +144,9 @@ def clear_leftovers(folder: Path) -> None:
             print(f"warning: cannot clear away {path}: {error.strerror}", flush=True)
 
 
-def replace_durably(path: Path, text: str) -> None:
-    """Replace a small file so that it holds the old text or the new, whatever happens."""
-    temporary = path.with_name(f".{path.name}{WRITING}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
 def _read_latest(folder: Path) -> Path | None:
     try:
         path = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
     except OSError:
         return None
     return path if (path / MANIFEST).is_file() else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

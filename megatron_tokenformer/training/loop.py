@@ -13,6 +13,7 @@ from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.saving import all_or_none
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.model.tau import set_taus
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.batches import Batch, pipeline_batches
@@ -160,4 +161,4 @@ def finish(run: Run) -> None:
             "parameters": parameter_count(run.config.model),
             "checkpoint": str(store.find_checkpoint(run.folder)),
         }
-        store.replace_durably(Path(run.config.run_dir) / FINISHED, json.dumps(record, indent=1) + "\n")
+        replace_durably(Path(run.config.run_dir) / FINISHED, json.dumps(record, indent=1) + "\n")

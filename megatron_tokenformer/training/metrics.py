@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.store import replace_durably
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError
 
 METRICS = "metrics.jsonl"
