@@ -24,11 +24,12 @@ from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.resize import check_space
 from megatron_tokenformer.checkpoint.resize_report import describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
-from megatron_tokenformer.checkpoint.store import find_checkpoint, replace_durably
+from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.target_size import parse_count, parse_tokens, tokens_for
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.evaluation.perplexity import Evaluation, Score, evaluate, open_evaluation
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import stat
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from megatron_tokenformer.data.provenance import TokenizerRecord
+from megatron_tokenformer.durable import write_durably
 from megatron_tokenformer.errors import UserError
 
 FORMAT_VERSION = 1
@@ -201,10 +201,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     # of shards that is seconds.
     shards = ",\n".join(json.dumps(_stored(shard)) for shard in manifest.shards)
     text = json.dumps(_without_nan(head), indent=1, allow_nan=False).removesuffix("\n}")
-    with open(folder / MANIFEST, "x", encoding="utf-8") as file:
-        file.write(f'{text},\n "shards": [\n{shards}\n]\n}}\n')
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(folder / MANIFEST, f'{text},\n "shards": [\n{shards}\n]\n}}\n')
 
 
 def _stored(shard: Shard) -> dict[str, Any]:

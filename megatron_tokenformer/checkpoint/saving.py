@@ -31,6 +31,7 @@ from megatron_tokenformer.checkpoint.shards import (
     write_shard,
 )
 from megatron_tokenformer.config.schema import Checkpoint
+from megatron_tokenformer.durable import naming
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout, on_all_ranks
 
@@ -207,7 +208,7 @@ def _write_verified(
 ) -> Shard:
     """Write a rank's shard, and read it back from the disk."""
     path = folder / f"rank-{rank:05d}.safetensors"
-    with store.naming(path):
+    with naming(path):
         shard = write_shard(path, intervals, states, data)
     drop_from_cache(path)
     verify_shard(folder, shard, lambda _: None)

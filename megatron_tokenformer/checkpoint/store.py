@@ -6,11 +6,9 @@ complete or it is not there.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_tokenformer.checkpoint.manifest import (
@@ -20,6 +18,7 @@ from megatron_tokenformer.checkpoint.manifest import (
     read_small,
     write_manifest,
 )
+from megatron_tokenformer.durable import replace_durably, sync_folder
 from megatron_tokenformer.errors import UserError
 
 LATEST = "latest"
@@ -107,14 +106,13 @@ def make_empty(folder: Path) -> None:
     missing = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True)
     for parent in missing:
-        _sync_folder(parent.parent)
+        sync_folder(parent.parent)
 
 
 def publish(temporary: Path, manifest: Manifest) -> Path:
     """Make a checkpoint whose shards are durable in `temporary` complete, and name it in `latest`."""
-    with naming(temporary / MANIFEST):
-        write_manifest(temporary, manifest)
-    _sync_folder(temporary)
+    write_manifest(temporary, manifest)
+    sync_folder(temporary)
     final = temporary.parent / step_name(manifest.step)
     if final.exists():  # a run that went back to an earlier step writes this one again
         replaced = final.with_name(f".{final.name}{REPLACED}")
@@ -124,7 +122,7 @@ def publish(temporary: Path, manifest: Manifest) -> Path:
         _remove(replaced)
     else:
         temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     replace_durably(final.parent / LATEST, final.name + "\n")
     return final
 
@@ -144,7 +142,7 @@ def retain(folder: Path, keep_last: int, keep_every: int, newest: Path) -> None:
         try:
             # First another name: what is half deleted is not to be found.
             deleted = path.rename(path.with_name(f".{path.name}{DELETED}"))
-            _sync_folder(folder)
+            sync_folder(folder)
             _remove(deleted)
         except OSError as error:
             print(f"warning: cannot delete {path}: {error.strerror}", flush=True)
@@ -166,31 +164,6 @@ def clear_leftovers(folder: Path) -> None:
             print(f"warning: cannot clear away {path}: {error.strerror}", flush=True)
 
 
-def replace_durably(path: Path, text: str) -> None:
-    """Replace a small file so that it holds the old text or the new, whatever happens."""
-    temporary = path.with_name(f".{path.name}{WRITING}")
-    try:
-        with naming(path), open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name a file in the error of a write, which does not know it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
-
-
 def _remove(path: Path) -> None:
     """Remove a folder; of one that was put elsewhere, the link to it alone."""
     if path.is_symlink():
@@ -206,11 +179,3 @@ def read_latest(folder: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     return folder / name if _STEP.fullmatch(name) else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

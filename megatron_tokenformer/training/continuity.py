@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import read_json
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout, from_main_rank
 
@@ -91,7 +92,7 @@ class Continuity:
                 # Without it a load is not checked, which is no reason to end a run; and the checkpoint may be
                 # the one that is deleted in this moment.
                 with suppress(OSError):
-                    store.replace_durably(path / NEXT_LOSS, json.dumps(self._unwritten[step]) + "\n")
+                    replace_durably(path / NEXT_LOSS, json.dumps(self._unwritten[step]) + "\n")
                 del self._unwritten[step]
             elif step != self._saved:
                 del self._unwritten[step]
