@@ -24,7 +24,7 @@ from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.resize import check_space
 from megatron_tokenformer.checkpoint.resize_report import describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
-from megatron_tokenformer.checkpoint.store import find_checkpoint
+from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
@@ -140,7 +140,7 @@ def refuse_contradictions(given: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Grow or shrink, and print what was done and how to go on."""
     given = parse(argv)
-    source = find_checkpoint(given.load)
+    source, _ = first_good(find_checkpoints(given.load))
     target = target_config(given, source)
     plan = make_plan(given, source, target)
     figures = describe(plan)

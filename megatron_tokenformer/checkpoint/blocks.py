@@ -23,15 +23,11 @@ def read_blocks(
     Raises:
         UserError: a shard is not what the manifest says.
     """
+    reader = IntervalReader(folder, manifest)
     stop = manifest.index[name][-1][0].stop
     for first in range(0, stop, elements):
-        yield first, _read(folder, manifest, Interval(name, first, min(first + elements, stop)), state)
-
-
-def _read(folder: Path, manifest: Manifest, wanted: Interval, state: str) -> Tensor:
-    # A reader maps its files, and the pages that it has read stay with the process for as long as it lives:
-    # one for all blocks would come to hold the whole checkpoint.
-    block = torch.empty(wanted.stop - wanted.start)
-    for first, values in IntervalReader(folder, manifest).read(wanted, state):
-        block[first - wanted.start :][: len(values)] = values
-    return block
+        wanted = Interval(name, first, min(first + elements, stop))
+        block = torch.empty(wanted.stop - wanted.start)
+        for start, values in reader.read(wanted, state):
+            block[start - first :][: len(values)] = values
+        yield first, block

@@ -22,6 +22,7 @@ from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, Shard, 
 from megatron_tokenformer.errors import UserError
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
+MAPPED_ELEMENTS = 2 * BLOCK_ELEMENTS
 COPY_BYTES = 1024 * 1024
 
 
@@ -75,6 +76,7 @@ class IntervalReader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._open: dict[str, safe_open] = {}
+        self._mapped = 0
 
     def read(self, wanted: Interval, state: str) -> Iterator[tuple[int, Tensor]]:
         """Pieces of at most BLOCK_ELEMENTS of one state, as (first element, fp32 values), in order.
@@ -93,6 +95,11 @@ class IntervalReader:
             raise UserError(f"checkpoint {self.folder} has no element {at} of {wanted.name}", 1)
 
     def _slice(self, shard: Shard, stored: Interval, state: str, first: int, last: int) -> Tensor:
+        # Files are mapped, and what was read of them counts as this process's memory while they are open.
+        self._mapped += last - first
+        if self._mapped > MAPPED_ELEMENTS:
+            self._open.clear()
+            self._mapped = last - first
         try:
             if shard.file not in self._open:
                 self._open[shard.file] = safe_open(self.folder / shard.file, framework="pt")

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
-from megatron_tokenformer.checkpoint.store import find_checkpoint
+from megatron_tokenformer.checkpoint.manifest import Manifest
+from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
 from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import Precision, RunConfig
 from megatron_tokenformer.errors import UserError
@@ -83,8 +83,7 @@ def open_evaluation(load: str | Path, prefixes: Sequence[str], **reading: int | 
     Raises:
         UserError: no checkpoint there, a damaged one, or a dataset that does not fit it.
     """
-    path = find_checkpoint(load)
-    manifest = read_manifest(path)
+    path, manifest = first_good(find_checkpoints(load))
     config = validate(RunConfig, manifest.config, str(path))
     how = Reading.like(config, **reading)
     vocab_size = config.model.vocab_size
