@@ -10,7 +10,7 @@ import time
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.errors import UserError, in_words, run_cli
-from megatron_tokenformer.parallel.environment import find_processes
+from megatron_tokenformer.parallel.environment import find_processes, set_device_variables
 from megatron_tokenformer.quiet import quiet_imports
 
 # A launcher ends all ranks when one has ended; the main rank, which tells what is wrong, may be slower.
@@ -59,6 +59,7 @@ def pretrain(config: RunConfig, profile_steps: int = 0) -> None:
     """Train in this process as one of the run's; trace so many of its steps."""
     processes = find_processes()
     check_world(config, processes.world_size)
+    set_device_variables(config.parallel)
     # Imported when the configuration is known to be right: torch, DeepSpeed and megatron-core take seconds.
     with quiet_imports():
         from megatron_tokenformer.parallel import layout

@@ -1,0 +1,237 @@
+"""What each rank exchanges with the others in a step, by formula: calls and bytes by purpose and kind.
+
+docs/parallelism.md explains the rows; `tests/parallel/test_traffic.py` holds them against what
+`parallel/traffic.py` counts in real steps.  No formula has the number of parameter tokens in it, except those
+of the data-parallel ranks, who exchange gradients and weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from megatron_tokenformer.config.schema import Model, RunConfig, ScoreNorm
+
+FP32 = 4
+ELEMENT = {"fp32": FP32, "bf16": 2, "fp16": 2}
+"""bytes of a number in each precision"""
+
+ACTIVATIONS = "activations"
+ROW_TOTALS = "row totals"
+LOSS = "loss"
+PIPELINE = "pipeline"
+TIED_EMBEDDING = "tied embedding"
+GRADIENTS = "gradients"
+WEIGHTS = "weights"
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send", "receive"]
+_SENT = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Calls of one kind, for one purpose, that a rank takes part in."""
+
+    purpose: str
+    kind: str
+    ranks: int
+    """how many take part"""
+    bytes: int
+    """of the whole tensors, over all calls: what is reduced, what a gather makes, what a scatter takes"""
+    calls: int = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank sends when each collective goes round a ring (bandwidth-optimal)."""
+        if self.kind in _SENT:
+            return _SENT[self.kind] * self.bytes * (self.ranks - 1) / self.ranks
+        return 0.0 if self.kind == "receive" else float(self.bytes)
+
+    def times(self, number: int) -> Traffic:
+        """The same, so many times."""
+        return replace(self, bytes=number * self.bytes, calls=number * self.calls)
+
+
+class Row(NamedTuple):
+    """One tensor that tensor-parallel ranks exchange: by which collective forward, and by which backward."""
+
+    purpose: str
+    bytes: int
+    forward: Kind | None
+    backward: Kind | None
+
+
+def total(traffic: Iterable[Traffic]) -> dict[tuple[str, str], Traffic]:
+    """Calls and bytes by purpose and kind, in order of purpose; groups of one rank exchange nothing."""
+    sums: dict[tuple[str, str], Traffic] = {}
+    for one in traffic:
+        if one.ranks > 1:
+            key = one.purpose, one.kind
+            sofar = sums.get(key, replace(one, bytes=0, calls=0))
+            sums[key] = replace(sofar, bytes=sofar.bytes + one.bytes, calls=sofar.calls + one.calls)
+    return dict(sorted(sums.items()))
+
+
+def sent(traffic: Iterable[Traffic]) -> float:
+    """Bytes that a rank sends for all of these."""
+    return sum(one.sent for one in traffic if one.ranks > 1)
+
+
+def tokenformer_rows(
+    width: int, positions: int, element: int, sequence: bool, score_norm: ScoreNorm = "l2_norm_gelu"
+) -> list[Row]:
+    """A Tokenformer layer's, for `positions` = s b of a micro-batch: 16 (p-1)/p of [s, b, d] and the totals.
+
+    Args:
+        element: bytes of an activation's number (`ELEMENT`).
+        sequence: whether the sequence is split between Pattentions.
+    """
+    x = positions * width * element
+    into, out = _boundaries(x, sequence)
+
+    def norms(number: int) -> list[Row]:
+        """Of so many Pattentions on one input: softmax subtracts the row's maximum first."""
+        maxima = Row(ROW_TOTALS, number * positions * element, "all-reduce", None)
+        totals = Row(ROW_TOTALS, number * positions * FP32, "all-reduce", "all-reduce")
+        return [maxima, totals] if score_norm == "softmax" else [totals]
+
+    onto_heads = Row(ACTIVATIONS, 3 * x, "reduce-scatter", "all-gather")  # of q, k, v
+    from_heads = Row(ACTIVATIONS, x, "all-gather", "reduce-scatter")  # into output
+    return [into, *norms(3), onto_heads, from_heads, *norms(1), out, into, *norms(1), out]
+
+
+def transformer_rows(width: int, positions: int, element: int, sequence: bool) -> list[Row]:
+    """A dense Transformer layer's, split as Megatron does: 8 (p-1)/p of [s, b, d].
+
+    Into and out of attention, into and out of the MLP (arXiv 1909.08053, 2205.05198).  Under sequence
+    parallelism Megatron's own code gathers the two inputs once more in the backward pass, to keep less; that
+    is not counted here, as we keep them.
+    """
+    return [*_boundaries(positions * width * element, sequence)] * 2
+
+
+def first_rows(width: int, positions: int, element: int, sequence: bool) -> list[Row]:
+    """The embedding's, on the first stage."""
+    return [_boundaries(positions * width * element, sequence)[1]]
+
+
+def last_rows(width: int, positions: int, element: int, sequence: bool) -> list[Row]:
+    """The head's and the loss's, on the last stage.  The loss is megatron-core's cross entropy."""
+    replicated = [Row(ACTIVATIONS, width * element, None, "all-reduce")] * 2  # final norm: gain and bias
+    maximum_label_and_sum = [Row(LOSS, positions * FP32, "all-reduce", None)] * 3
+    head = _boundaries(positions * width * element, sequence)[0]
+    return [*(replicated if sequence else []), head, *maximum_label_and_sum]
+
+
+def _boundaries(size: int, sequence: bool) -> tuple[Row, Row]:
+    """Into and out of what is split, with [s, b, d] of so many bytes."""
+    if sequence:
+        into = Row(ACTIVATIONS, size, "all-gather", "reduce-scatter")
+        return into, Row(ACTIVATIONS, size, "reduce-scatter", "all-gather")
+    return Row(ACTIVATIONS, size, None, "all-reduce"), Row(ACTIVATIONS, size, "all-reduce", None)
+
+
+def passes(rows: Iterable[Row], ranks: int, forward: int = 1, backward: int = 1) -> list[Traffic]:
+    """The rows as collectives of `ranks`, with so many forward and backward passes."""
+    return [
+        Traffic(row.purpose, kind, ranks, row.bytes).times(number)
+        for row in rows
+        for kind, number in ((row.forward, forward), (row.backward, backward))
+        if kind is not None
+    ]
+
+
+def tensor_traffic(config: RunConfig, precision: str, layers: int, first: bool, last: bool) -> list[Traffic]:
+    """What tensor-parallel ranks exchange for one micro-batch on a pipeline stage.
+
+    Args:
+        precision: `bf16`, `fp16` or `fp32`: what training.precision comes to on the device.
+        layers: layers of the stage.
+        first, last: whether the stage has the embedding, the head and the loss.
+    """
+    model, ranks = config.model, config.parallel.tensor
+    shape = (
+        model.hidden_size,
+        config.training.micro_batch_size * config.data.sequence_length,
+        ELEMENT[precision],
+        config.parallel.sequence and ranks > 1,
+    )
+    # With `layer` the backward pass runs the layer forward again, collectives and all.
+    again = 2 if config.training.recompute == "layer" else 1
+    layer = passes(tokenformer_rows(*shape, model.score_norm), ranks, forward=again)
+    return [
+        *(passes(first_rows(*shape), ranks) if first else []),
+        *(one.times(layers) for one in layer),
+        *(passes(last_rows(*shape), ranks) if last else []),
+    ]
+
+
+def pipeline_traffic(config: RunConfig, precision: str, first: bool, last: bool) -> list[Traffic]:
+    """What a stage exchanges with its neighbours for one micro-batch: activations there, gradients back."""
+    parallel = config.parallel
+    positions = config.training.micro_batch_size * config.data.sequence_length
+    kept = parallel.tensor if parallel.sequence else 1
+    size = positions * config.model.hidden_size * ELEMENT[precision] // kept
+    places = 8 * positions if config.data.isolate_documents else 0  # int64, forward only, not split
+    both: list[Traffic] = []
+    for there, forward, backward in ((not first, "receive", "send"), (not last, "send", "receive")):
+        if there:
+            both += [Traffic(PIPELINE, kind, 2, size) for kind in (forward, backward)]
+            both += [Traffic(PIPELINE, forward, 2, places)] if places else []
+    return both
+
+
+def data_traffic(
+    config: RunConfig, precision: str, data_size: int, layers: int, first: bool, last: bool
+) -> list[Traffic]:
+    """What is exchanged once per step: gradients, new weights, and the tied embedding's gradient.
+
+    As DeepSpeed 0.19 does it with ZeRO-1 and a pipeline: gradients are all-reduced, not scattered, in the
+    precision of the weights; then each rank's part of the new weights is gathered.  Calls are those of one
+    bucket (5e7 or 5e8 elements); a larger stage has more, of the same bytes.
+    """
+    element, own = (
+        ELEMENT[precision],
+        stage_parameters(config.model, config.parallel.tensor, layers, first, last),
+    )
+    aligned = 2 * data_size
+    padded = -(-own // aligned) * aligned
+    step = [
+        # BF16_Optimizer keeps its accumulated gradients padded, ZeRO's own optimizer does not.
+        Traffic(GRADIENTS, "all-reduce", data_size, (padded if precision == "bf16" else own) * element),
+        Traffic(WEIGHTS, "all-gather", data_size, padded * element),
+    ]
+    if config.parallel.pipeline > 1 and (first or last):
+        accumulated = element if precision == "fp16" else FP32
+        size = config.model.vocab_size // config.parallel.tensor * config.model.hidden_size * accumulated
+        step.append(Traffic(TIED_EMBEDDING, "all-reduce", 2, size))
+    return step
+
+
+def stage_parameters(model: Model, tensor: int, layers: int, first: bool, last: bool) -> int:
+    """Parameters that a rank of a pipeline stage holds; first and last both hold the embedding."""
+    width, tokens = model.hidden_size, model.tokens
+    rows = layers * 2 * (3 * tokens.qkv + tokens.output + tokens.ffn) + (
+        model.vocab_size if first or last else 0
+    )
+    return rows // tensor * width + (2 * width if last else 0)
+
+
+def step_traffic(
+    config: RunConfig, precision: str, data_size: int, layers: int | None = None, stage: int = 0
+) -> dict[tuple[str, str], Traffic]:
+    """All that a rank of pipeline stage `stage` exchanges in one step, but for scalars.
+
+    Args:
+        precision: `bf16`, `fp16` or `fp32`: what training.precision comes to on the device.
+        data_size: data-parallel ranks.
+        layers: layers of the stage; by default its even share.
+    """
+    stages = config.parallel.pipeline
+    layers = config.model.layers // stages if layers is None else layers
+    ends = stage == 0, stage == stages - 1
+    micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_size)
+    each = tensor_traffic(config, precision, layers, *ends) + pipeline_traffic(config, precision, *ends)
+    once = data_traffic(config, precision, data_size, layers, *ends)
+    return total([*(one.times(micro_batches) for one in each), *once])
