@@ -187,23 +187,21 @@ def data_traffic(
 ) -> list[Traffic]:
     """What is exchanged once per step: gradients, new weights, and the tied embedding's gradient.
 
-    As DeepSpeed 0.19 does it with ZeRO-1 and a pipeline: gradients are all-reduced, not scattered, in the
-    precision of the weights; then each rank's part of the new weights is gathered.  Calls are those of one
-    bucket (5e7 or 5e8 elements); a larger stage has more, of the same bytes.
+    As DeepSpeed 0.19 does it with ZeRO-1 and a pipeline: gradients are all-reduced, not scattered, in fp32
+    (fp16 in fp16); then each rank's part of the new weights is gathered.  Calls are those of one bucket (5e7
+    or 5e8 elements); a larger stage has more, of the same bytes.
     """
-    element, own = (
-        ELEMENT[precision],
-        stage_parameters(config.model, config.parallel.tensor, layers, first, last),
-    )
+    own = stage_parameters(config.model, config.parallel.tensor, layers, first, last)
+    element, accumulated = ELEMENT[precision], ELEMENT[precision] if precision == "fp16" else FP32
     aligned = 2 * data_size
     padded = -(-own // aligned) * aligned
+    # BF16_Optimizer keeps its accumulated gradients padded, ZeRO's own optimizer does not.
+    summed = padded if precision == "bf16" else own
     step = [
-        # BF16_Optimizer keeps its accumulated gradients padded, ZeRO's own optimizer does not.
-        Traffic(GRADIENTS, "all-reduce", data_size, (padded if precision == "bf16" else own) * element),
+        Traffic(GRADIENTS, "all-reduce", data_size, summed * accumulated),
         Traffic(WEIGHTS, "all-gather", data_size, padded * element),
     ]
     if config.parallel.pipeline > 1 and (first or last):
-        accumulated = element if precision == "fp16" else FP32
         size = config.model.vocab_size // config.parallel.tensor * config.model.hidden_size * accumulated
         step.append(Traffic(TIED_EMBEDDING, "all-reduce", 2, size))
     return step
