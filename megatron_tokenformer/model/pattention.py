@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tokenformer.config.schema import ScoreNorm
-from megatron_tokenformer.kernels import score_norm
+from megatron_tokenformer.kernels import reference
 from megatron_tokenformer.parallel.collectives import (
     TensorParallel,
     copy_to_ranks,
@@ -34,10 +34,10 @@ def normalised_scores(
     if kind == "softmax":
         local = torch.cat([a.amax(dim=-1, keepdim=True) for a in scores], dim=-1)
         maxima = max_over_ranks(local, ranks).split(1, dim=-1)
-    numerators = [score_norm.numerators(a, kind, m) for a, m in zip(scores, maxima)]
-    local_totals = torch.cat([score_norm.row_totals(a, kind) for a in numerators], dim=-1)
+    numerators = [reference.numerators(a, kind, m) for a, m in zip(scores, maxima)]
+    local_totals = torch.cat([reference.row_totals(a, kind) for a in numerators], dim=-1)
     totals = sum_over_ranks(local_totals, ranks).split(1, dim=-1)
-    return [score_norm.weights(a, t, tau, kind) for a, t, tau in zip(numerators, totals, taus)]
+    return [reference.weights(a, t, tau, kind) for a, t, tau in zip(numerators, totals, taus)]
 
 
 class Pattention(nn.Module):
