@@ -101,7 +101,8 @@ def rows(found: dict[str, list[dict[str, int]]], what: str, sizes: list[int]) ->
     yield "|---" * (len(sizes) + 2) + "|"
     for policy, figures in found.items():
         own = [figure[what] / 1e6 for figure in figures]
-        yield f"| {policy} | " + " | ".join(f"{b:,.1f}" for b in own) + f" | {own[-1] / own[0]:.2f} |"
+        growth = f"{own[-1] / own[0]:.2f}" if own[0] else "-"
+        yield f"| {policy} | " + " | ".join(f"{b:,.1f}" for b in own) + f" | {growth} |"
 
 
 def main() -> None:
