@@ -47,7 +47,7 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
         # Without gradients: it broadcasts tied weights, which autograd would take for part of the model.
         with torch.no_grad():
             module = deepspeed.PipelineModule(
-                layers=pipeline_layers(config.model, layout.tensor),
+                layers=pipeline_layers(config.model, layout.tensor, config.training.recompute == "scores"),
                 topology=layout.topology,
                 loss_fn=language_model_loss,
                 # 'parameters' would build every layer of the model on every rank just to count.
