@@ -92,7 +92,7 @@ def tokenformer_rows(
 
     def norms(number: int) -> list[Row]:
         """Of so many Pattentions on one input: softmax subtracts the row's maximum first."""
-        maxima = Row(ROW_TOTALS, number * positions * element, "all-reduce", None)
+        maxima = Row(ROW_TOTALS, number * positions * FP32, "all-reduce", None)
         totals = Row(ROW_TOTALS, number * positions * FP32, "all-reduce", "all-reduce")
         return [maxima, totals] if score_norm == "softmax" else [totals]
 
