@@ -34,7 +34,7 @@ from megatron_tokenformer.checkpoint.manifest import (
 from megatron_tokenformer.checkpoint.resize import check_space, new_manifest, write_whole
 from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, verify_shard, write_shard
 from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, is_token
-from megatron_tokenformer.config.growth import Growth
+from megatron_tokenformer.config.growth import Growth, changes_of_function
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.model.initialization import normal_row_blocks, normal_rows
 from megatron_tokenformer.model.language_model import full_shapes, initial_std
@@ -100,7 +100,8 @@ def _write_grown(plan: GrowthPlan, folder: Path, linked: bool) -> Manifest:
     old_rows = {name: shape[0] for name, shape in old.shapes.items()}
     told = {"norms": norms.means(old_rows, read=plan.verify or not linked)}
     taus = grown_taus(taus_from_json(old.taus), old.step, model, rule)
-    return new_manifest(plan, taus, shards, told)
+    exact = not changes_of_function(model, rule)
+    return new_manifest(plan, taus, shards, told, exact)
 
 
 def grown_taus(taus: Taus, step: int, model: Model, rule: Growth) -> Taus:

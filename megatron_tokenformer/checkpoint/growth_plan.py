@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tokenformer.checkpoint.resize import ResizePlan, read_source, refuse_a_runs_folder
+from megatron_tokenformer.checkpoint.resize import ResizePlan, check_folder, read_source
 from megatron_tokenformer.config.growth import Growth, check_growth
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
@@ -78,7 +78,7 @@ def plan_growth(
             "--link keeps the old shards as they are, --optimizer reset and --old-token-noise change them; "
             "leave one out"
         )
-    refuse_a_runs_folder(folder, GrowthPlan.verb)
+    check_folder(source, folder, GrowthPlan.verb)
     added = [
         NewRows(name, range(old.shapes[name][0], shape[0]), shape[1])
         for name, shape in full_shapes(target.model).items()

@@ -68,15 +68,23 @@ def read_source(source: Path) -> tuple[Manifest, Model]:
     return old, stored_model(source, old)
 
 
-def refuse_a_runs_folder(folder: Path, verb: str) -> None:
-    """Refuse to write among the checkpoints of a run.
+RUNS_OWN = ("checkpoints", "metrics.jsonl", "finished.json", ".lock")
+"""what only a run makes in a folder"""
+
+
+def check_folder(source: Path, folder: Path, verb: str) -> None:
+    """Refuse to write into a run's folder, among a run's checkpoints, or over the source itself.
 
     Raises:
-        UserError: the folder holds a checkpoint that only a run can have made.
+        UserError: says what is there.
     """
-    others = [path.name for path in store.complete_checkpoints(folder) if path.name != store.step_name(0)]
-    if others:
-        raise UserError(f"{folder} holds {others[-1]}, so it is a run's; {verb} into a folder of its own")
+    steps = [path.name for path in store.complete_checkpoints(folder) if path.name != store.step_name(0)]
+    found = [*steps[-1:], *(name for name in RUNS_OWN if (folder / name).exists())]
+    if found:
+        raise UserError(f"{folder} holds {found[0]}, so it is a run's; {verb} into a folder of its own")
+    target = folder / store.step_name(0)
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{folder} is where {source} is, which would be replaced; {verb} into another folder")
 
 
 def check_space(plan: ResizePlan, bytes: int) -> None:
@@ -110,7 +118,7 @@ def write_whole(plan: ResizePlan, bytes: int, write: Callable[[Path], Manifest])
     """
     temporary = plan.folder / store.temporary_name(0)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        store.clear_leftovers(plan.folder)
         check_space(plan, bytes)
         store.make_empty(temporary)
         manifest = write(temporary)
@@ -122,11 +130,14 @@ def write_whole(plan: ResizePlan, bytes: int, write: Callable[[Path], Manifest])
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def new_manifest(plan: ResizePlan, taus: Taus, shards: list[Shard], told: dict[str, Any]) -> Manifest:
+def new_manifest(
+    plan: ResizePlan, taus: Taus, shards: list[Shard], told: dict[str, Any], exact: bool
+) -> Manifest:
     """The manifest of the new checkpoint, at step 0 of its run, with one more entry in the history.
 
     Args:
         told: what else the entry says, beside the rule.
+        exact: whether the function is the same, and so the losses are the new model's too.
     """
     old, model = plan.old, plan.target.model
     entry = {
@@ -146,6 +157,8 @@ def new_manifest(plan: ResizePlan, taus: Taus, shards: list[Shard], told: dict[s
         old,
         config=plan.target.model_dump(mode="json"),
         step=0,
+        loss=old.loss if exact else None,
+        val_loss=old.val_loss if exact else None,
         adam_step=old.adam_step if plan.rule.optimizer == "carry" else 0,
         taus=taus_to_json(taus),
         shapes={name: list(shape) for name, shape in full_shapes(model).items()},

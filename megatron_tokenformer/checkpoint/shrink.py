@@ -27,9 +27,9 @@ from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import Interval, Manifest
 from megatron_tokenformer.checkpoint.resize import (
     ResizePlan,
+    check_folder,
     new_manifest,
     read_source,
-    refuse_a_runs_folder,
     write_whole,
 )
 from megatron_tokenformer.checkpoint.shards import verify_shard, write_shard
@@ -78,7 +78,7 @@ def plan_shrink(source: Path, target: RunConfig, folder: Path, rule: Shrinking) 
     """
     old, before = read_source(source)
     check_shrink(before, target.model)
-    refuse_a_runs_folder(folder, ShrinkPlan.verb)
+    check_folder(source, folder, ShrinkPlan.verb)
     return ShrinkPlan(source, folder, old, before, target, rule)
 
 
@@ -102,7 +102,7 @@ def carry_out(plan: ShrinkPlan) -> tuple[Path, Manifest]:
         ]
         shard = write_shard(path, intervals, plan.states, _kept(plan, choice, widths))
         told = {"reach": choice.reach, "exact": choice.exact}
-        return new_manifest(plan, shrunk_taus(plan), [shard], told)
+        return new_manifest(plan, shrunk_taus(plan), [shard], told, choice.exact)
 
     return write_whole(plan, plan.new_bytes, write)
 

@@ -8,6 +8,8 @@ step is done.  A checkpoint whose run ended with it has none.
 from __future__ import annotations
 
 import json
+import math
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ class Continuity:
         self._config, self._layout, self._folder, self._precision = config, layout, folder, precision
         self._loaded, self._expected = loaded, None
         self._saved: int | None = None
+        self._replaced: os.stat_result | None = None
         self._unwritten: dict[int, dict[str, Any]] = {}
         if loaded is not None and config.checkpoint.check_loss:
             found = from_main_rank(lambda: _read(loaded))
@@ -60,8 +63,10 @@ class Continuity:
                 self._expected = found
 
     def saved(self, step: int) -> None:
-        """A save of this step has begun."""
-        self._saved = step
+        """A save of this step is about to begin."""
+        self._saved, self._replaced = step, None
+        with suppress(OSError):  # one of this step that was passed over, and is there until the new one is
+            self._replaced = (self._folder / store.step_name(step)).stat()
 
     def stepped(self, step: int, position: int, loss: Tensor) -> None:
         """A step is done.
@@ -75,10 +80,11 @@ class Continuity:
         """
         if self._expected is not None:
             self._compare(loss.item())
-        if self._saved == step - 1 and self._layout.is_main:
+        # A loss that is not a number has nothing to be compared with.
+        if self._saved == step - 1 and self._layout.is_main and math.isfinite(found := loss.item()):
             before = position - self._config.training.global_batch_size
             self._unwritten[step - 1] = {
-                "loss": loss.item(),
+                "loss": found,
                 "precision": self._precision,
                 "samples": self._samples(before),
             }
@@ -88,7 +94,7 @@ class Continuity:
         """Write each loss whose checkpoint is complete; one that was not written has no folder."""
         for step in list(self._unwritten):
             path = self._folder / store.step_name(step)
-            if path.is_dir():
+            if path.is_dir() and not self._is_replaced(path):
                 # Without it a load is not checked, which is no reason to end a run; and the checkpoint may be
                 # the one that is deleted in this moment.
                 with suppress(OSError):
@@ -96,6 +102,10 @@ class Continuity:
                 del self._unwritten[step]
             elif step != self._saved:
                 del self._unwritten[step]
+
+    def _is_replaced(self, path: Path) -> bool:
+        """Whether this is not the checkpoint that was saved last, but the one whose place that takes."""
+        return self._replaced is not None and os.path.samestat(path.stat(), self._replaced)
 
     def _compare(self, loss: float) -> None:
         expected, self._expected = self._expected, None

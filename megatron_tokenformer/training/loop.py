@@ -100,10 +100,12 @@ def evaluate(run: Run) -> None:
     micro_batches = training.eval_steps * run.accumulation
     batches = pipeline_batches(run.validation_data, 0, run.config, run.layout, micro_batches, run.eod_id)
     loss = run.engine.deepspeed.eval_batch(batches, num_micro_batches=micro_batches)
-    before, progress.val_loss = progress.val_loss, loss.item()
-    if progress.step == 0 and progress.history and before is not None:
+    progress.val_loss = loss.item()
+    last = progress.history[-1] if progress.history else {}
+    before = last.get("val_loss")
+    if progress.step == 0 and before is not None:
         change = progress.val_loss - before
-        done = "shrunk" if progress.history[-1].get("kind") == "shrink" else "grown"
+        done = "shrunk" if last.get("kind") == "shrink" else "grown"
         run.log.say(
             f"{done}: validation loss {before:.6f} before, {progress.val_loss:.6f} now ({change:+.0e})"
         )

@@ -298,3 +298,55 @@ def test_noise_on_old_tokens_is_that_of_the_seed_whatever_wrote_the_shards(tmp_p
 def test_noise_that_is_no_size_is_refused(source: Path, noise: str) -> None:
     with pytest.raises(UserError, match="old_token_noise"):
         grow(source, "--tokens", LARGER, f"--old-token-noise={noise}")
+
+
+@pytest.mark.parametrize("way", ["", "a link", "a relative path"])
+def test_a_checkpoint_is_not_resized_over_itself(
+    source: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    grown = grow(source, "--tokens", LARGER)
+    save = grown
+    if way == "a link":
+        save = grown.with_name("link")
+        save.symlink_to(grown)
+    elif way == "a relative path":
+        monkeypatch.chdir(grown)
+        save = Path("../grown/.")
+    before = (find_checkpoint(grown) / "manifest.json").read_bytes()
+    for words in (("--tokens", "qkv=128"), ("--shrink", "--tokens", "qkv=8")):
+        with pytest.raises(UserError, match="would be replaced"):
+            main(["--load", str(grown), "--save", str(save), *words])
+    assert (find_checkpoint(grown) / "manifest.json").read_bytes() == before
+
+
+def test_the_folder_of_a_run_is_not_grown_into(source: Path) -> None:
+    run = source.parents[1]
+    (run / "config.yaml").write_text("the run's own")
+    with pytest.raises(UserError, match="holds checkpoints, so it is a run's"):
+        main(["--load", str(run), "--save", str(run), "--tokens", LARGER])
+    assert (run / "config.yaml").read_text() == "the run's own"
+    assert find_checkpoint(run) == source
+
+
+def test_what_a_killed_growth_set_aside_gets_its_name_back(source: Path) -> None:
+    grown = grow(source, "--tokens", LARGER)
+    aside = grown / ".step-00000000.replaced"
+    find_checkpoint(grown).rename(aside)
+    (grown / ".step-00000000.writing").mkdir()
+    shard = read_manifest(source).shards[0]
+    (source / shard.file).write_bytes(b"x" * shard.size)
+    with pytest.raises(UserError, match="damaged"):
+        main(["--load", str(source), "--save", str(grown), "--tokens", LARGER])
+    assert [path.name for path in sorted(grown.iterdir())] == ["config.yaml", "latest", "step-00000000"]
+    assert read_manifest(find_checkpoint(grown)).shapes[NAME][0] == 200
+
+
+@pytest.mark.parametrize("words", [(), ("--keys", "normal"), ("--tau", "sqrt"), ("--old-token-noise", "0.1")])
+def test_the_old_models_loss_is_the_new_ones_only_if_the_function_is_the_same(
+    source: Path, words: tuple[str, ...]
+) -> None:
+    path = source / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "loss": 2.0, "val_loss": 3.0}))
+    manifest = read_manifest(find_checkpoint(grow(source, "--tokens", LARGER, *words)))
+    assert (manifest.loss, manifest.val_loss) == ((None, None) if words else (2.0, 3.0))
+    assert manifest.history[-1]["val_loss"] == 3.0

@@ -1,9 +1,9 @@
 """A rank is killed in the middle of a save; what was complete before still is, and is found.
 
-A moment is the execution of a line of the checkpoint package or of shutil: the rank that is to die counts
-those of its saving threads, and kills itself before one.  The lines that a save passes are cut into
-stretches; in each a line is drawn, and then one of the times that it is passed.  So the moments are spread
-over all that a save does, on a machine of any speed.
+A moment is the execution of a line of the checkpoint package, of durable.py or of shutil: the rank that is to
+die counts those of its saving threads, and kills itself before one.  The lines that a save passes are cut
+into stretches; in each a line is drawn, and then one of the times that it is passed.  So the moments are
+spread over all that a save does, on a machine of any speed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import megatron_tokenformer.checkpoint
+from megatron_tokenformer import durable
 from megatron_tokenformer.checkpoint.store import (
     LATEST,
     clear_leftovers,
@@ -32,7 +33,7 @@ from megatron_tokenformer.parallel.layout import Layout
 from tests.checkpoint.saves import manifest, open_saver, state, stored_value
 from tests.ranks import run_ranks
 
-FILES = (str(Path(megatron_tokenformer.checkpoint.__file__).parent), shutil.__file__)
+FILES = (str(Path(megatron_tokenformer.checkpoint.__file__).parent), durable.__file__, shutil.__file__)
 STEPS = range(2, 5)
 KILLS = 25
 """for each number of ranks"""
@@ -102,6 +103,8 @@ def test_whenever_a_rank_is_killed_the_newest_complete_checkpoint_loads(
         for asynchronous in (True, False)
     }
     places = sorted({(rank, line) for rank in range(world_size) for line in unharmed[True][rank]})
+    parts = {line.split(":")[0] for _, line in places}
+    assert {"saving.py", "shards.py", "manifest.py", "store.py", "durable.py", "shutil.py"} <= parts
     found = set()
     for kill in range(KILLS):
         rank, place = drawn.choice(places[kill * len(places) // KILLS : (kill + 1) * len(places) // KILLS])

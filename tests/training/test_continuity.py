@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_tokenformer.checkpoint.store import complete_checkpoints
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.continuity import NEXT_LOSS
+from megatron_tokenformer.training.continuity import NEXT_LOSS, Continuity
 from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
@@ -117,7 +118,37 @@ def test_other_samples_are_not_compared(trained: Path, tmp_path: Path) -> None:
 def test_a_damaged_record_is_named(trained: Path, tmp_path: Path) -> None:
     folder = copy(trained, tmp_path)
     path = folder / "run/checkpoints/step-00000004" / NEXT_LOSS
-    for content in ("", "[]", '{"loss": "x"}', '{"loss": NaN, "precision": "fp64", "samples": {}}'):
+    for content in ("", "[]", '{"loss": "x"}', '{"loss": NaN, "precision": "fp32", "samples": {}}'):
         path.write_text(content)
         (said,) = run_ranks(1, outcome, configured(folder, data_of(trained), 6))
         assert f"{path} is damaged; remove it" in said
+
+
+def losses_beside_a_checkpoint(layout: Layout, folder: Path) -> list[bool]:
+    """Whether step 2 has a next loss: in an old folder of that step, in the new one, and then in the old."""
+    config, step = toy_config(folder), folder / "step-00000002"
+    continuity = Continuity(config, layout, folder, "fp32", None, 0)
+    step.mkdir()
+    continuity.saved(2)
+    continuity.stepped(3, 24, torch.tensor(1.0))
+    found = [(step / NEXT_LOSS).exists()]
+    step.rename(folder / "old")
+    step.mkdir()
+    continuity.write()
+    return [*found, (step / NEXT_LOSS).exists(), (folder / "old" / NEXT_LOSS).exists()]
+
+
+def test_a_loss_goes_to_the_checkpoint_that_it_is_of_not_to_one_that_is_replaced(tmp_path: Path) -> None:
+    assert run_ranks(1, losses_beside_a_checkpoint, tmp_path) == [[False, True, False]]
+
+
+def diverged(layout: Layout, folder: Path) -> bool:
+    continuity = Continuity(toy_config(folder), layout, folder, "fp32", None, 0)
+    continuity.saved(2)
+    (folder / "step-00000002").mkdir()
+    continuity.stepped(3, 24, torch.tensor(float("nan")))
+    return (folder / "step-00000002" / NEXT_LOSS).exists()
+
+
+def test_a_loss_that_is_no_number_is_not_kept_for_comparison(tmp_path: Path) -> None:
+    assert run_ranks(1, diverged, tmp_path) == [False]
