@@ -18,7 +18,8 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,10 @@ from tqdm import tqdm
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.training.metrics import FINISHED, METRICS, read_rows
 
-HERE = Path(__file__).parent
-CONFIG = HERE / "run.yaml"
+CONFIG = Path(__file__).with_name("run.yaml")
+GROW = Path(__file__).parents[2] / "tools" / "grow_checkpoint.py"
 TOKENS = "qkv=128,output=128,ffn=512"
-STEPS = 200
-ANNEAL = ("--tau", "anneal", "--tau-steps", str(STEPS // 2))
+ANNEAL = ("--tau", "anneal")  # over half of the steps
 SQRT = ("--tau", "sqrt")
 RANDOM_KEYS = ("--keys", "normal")
 RESET = ("--optimizer", "reset")
@@ -66,9 +66,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/growth_study"))
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the grown model (default: %(default)s)")
+    parser.add_argument(
+        "--base-steps", type=int, default=300, help="of the small model (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="of the grown model (default: %(default)s)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help="(default: all)",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, on a core each (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all losses there")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="section.key=value", help="changes to run.yaml, of all runs"
+    )
     return parser.parse_args(argv)
 
 
@@ -76,27 +90,38 @@ def main(argv: list[str] | None = None) -> int:
     """Train what is not trained yet, and print the table."""
     given = parse(argv)
     pairs = list(itertools.product(given.lr, given.seeds))
-    grown = [(lr, seed, name) for (lr, seed), name in itertools.product(pairs, VARIANTS)]
-    with ThreadPoolExecutor(given.jobs) as pool, tqdm(total=len(pairs) + len(grown), unit="run") as bar:
-
-        def done(_: object) -> None:
-            bar.update()
-
-        for result in pool.map(lambda pair: train(given, base(given, *pair), *pair), pairs):
-            done(result)
-        for result in pool.map(lambda key: grow_and_train(given, *key), grown):
-            done(result)
+    grown = [(lr, seed, name) for (lr, seed), name in itertools.product(pairs, given.variants)]
+    with tqdm(total=len(pairs) + len(grown), unit="run") as bar:
+        for_all(
+            given.jobs,
+            lambda pair: train(base(given, *pair), *pair, given.base_steps, *given.set),
+            pairs,
+            bar,
+        )
+        for_all(given.jobs, lambda key: grow_and_train(given, *key), grown, bar)
     losses = {
         name: {
             f"{lr:g}": [losses_of(variant(given, lr, seed, name)) for seed in given.seeds] for lr in given.lr
         }
-        for name in VARIANTS
+        for name in given.variants
     }
     print(table(losses))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps({"steps": given.steps, "losses": losses}, indent=1) + "\n")
     return 0
+
+
+def for_all(jobs: int, act: Callable[[Any], None], items: list[Any], bar: tqdm) -> None:
+    """Call `act` with each item, some at once; after a failure none is begun any more."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for done in as_completed([pool.submit(act, item) for item in items]):
+                done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def base(given: argparse.Namespace, lr: float, seed: int) -> Path:
@@ -114,19 +139,29 @@ def grow_and_train(given: argparse.Namespace, lr: float, seed: int, name: str) -
     options, overrides = VARIANTS[name]
     source, folder = base(given, lr, seed), variant(given, lr, seed, name)
     if not (folder / FINISHED).exists():
-        tool = ("tools/grow_checkpoint.py", "--load", source, "--tokens", TOKENS, "--save", folder / "init")
-        call(folder, *tool, *options, f"run_dir={folder}", f"training.seed={seed}")
-    rest = ("checkpoint.load=" + str(folder / "init"), f"training.steps={given.steps}", *overrides)
+        tool = (GROW, "--load", source, "--tokens", TOKENS, "--save", folder / "init", *options)
+        over = ("--tau-steps", given.steps // 2) if "anneal" in options else ()
+        call(folder, *tool, *over, f"run_dir={folder}", f"training.seed={seed}")
     tokens = (f"model.tokens.{part}" for part in TOKENS.split(","))
-    train(given, folder, lr, seed, *rest, *tokens)
+    train(
+        folder, lr, seed, given.steps, f"checkpoint.load={folder / 'init'}", *overrides, *tokens, *given.set
+    )
 
 
-def train(given: argparse.Namespace, folder: Path, lr: float, seed: int, *overrides: str) -> None:
-    """One training run, unless it is finished."""
-    if (folder / FINISHED).exists():
+def train(folder: Path, lr: float, seed: int, steps: int, *overrides: str) -> None:
+    """One training run, unless it is finished.
+
+    Raises:
+        UserError: it failed, or was finished with other --steps.
+    """
+    record = folder / FINISHED
+    if record.exists():
+        done = json.loads(record.read_text(encoding="utf-8"))["step"]
+        if done != steps:
+            raise UserError(f"{folder} has done {done} steps, not {steps}; give another --run-dir")
         return
     module = ("-m", "megatron_tokenformer.training.pretrain", "--config", CONFIG)
-    own = (f"run_dir={folder}", f"optimizer.lr={lr:g}", f"training.seed={seed}")
+    own = (f"run_dir={folder}", f"optimizer.lr={lr:g}", f"training.seed={seed}", f"training.steps={steps}")
     call(folder, *module, *own, *overrides)
 
 
@@ -152,16 +187,17 @@ def losses_of(folder: Path) -> dict[str, float]:
 
 
 def table(losses: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """For each variant and learning rate the mean loss over seeds, and its difference to the default's."""
-    rates = list(losses["default"])
+    """For each variant and learning rate the mean loss over seeds, and its difference to the first's."""
+    first = next(iter(losses.values()))
+    rates = list(first)
     head = ["variant", *(f"loss after growth, lr {lr} | at the end" for lr in rates)]
     lines = [
-        "| " + " | ".join([*head, "end against default"]) + " |",
+        "| " + " | ".join([*head, f"end against {next(iter(losses))}"]) + " |",
         "|---" * (2 + 2 * len(rates)) + "|",
     ]
     for name, by_rate in losses.items():
         cells = [f"{mean(by_rate[lr], 'start'):.3f} | {mean(by_rate[lr], 'end'):.4f}" for lr in rates]
-        lines.append(f"| {name} | {' | '.join(cells)} | {difference(by_rate, losses['default'])} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {difference(by_rate, first)} |")
     return "\n".join(lines)
 
 
@@ -170,14 +206,16 @@ def mean(runs: list[dict[str, float]], key: str) -> float:
     return statistics.mean(run[key] for run in runs)
 
 
-def difference(here: dict[str, Any], default: dict[str, Any]) -> str:
-    """Mean of the paired differences over learning rates and seeds, and its standard error."""
-    pairs = [
-        run["end"] - other["end"] for lr in here for run, other in zip(here[lr], default[lr], strict=True)
-    ]
-    if here is default or len(pairs) < 2:
+def difference(here: dict[str, Any], first: dict[str, Any]) -> str:
+    """Mean of the differences at the end, each between two runs of one seed and learning rate.
+
+    Its standard error is over seeds: runs of one seed are alike, and count once.
+    """
+    pairs = [[run["end"] - other["end"] for run, other in zip(here[lr], first[lr])] for lr in here]
+    seeds = [statistics.mean(of_seed) for of_seed in zip(*pairs)]
+    if here is first or len(seeds) < 2:
         return "-"
-    return f"{statistics.mean(pairs):+.4f} ± {statistics.stdev(pairs) / math.sqrt(len(pairs)):.4f}"
+    return f"{statistics.mean(seeds):+.4f} ± {statistics.stdev(seeds) / math.sqrt(len(seeds)):.4f}"
 
 
 if __name__ == "__main__":
