@@ -1,4 +1,4 @@
-"""examples/growth_study: its commands work, what is finished is skipped, and the table tells what runs did."""
+"""examples/growth_study: its commands work, what is finished is skipped, the table tells what runs did."""
 
 from __future__ import annotations
 
