@@ -34,21 +34,21 @@ def study(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_variants_are_trained_once_and_compared(tmp_path: Path) -> None:
     write_tokens(tmp_path)
-    words = ("--steps", "2", "--variants", "default", "random keys, tau annealed")
+    words = ("--steps", "2", "--variants", "tau kept", "random keys, tau annealed")
     done = study(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/growth_study/lr-0.001-seed-1"
-    base, default, other = (
+    base, kept, other = (
         [row["val_loss"] for row in read_rows(run / name / "metrics.jsonl") if "val_loss" in row]
-        for name in ("base", "default", "random-keys-tau-annealed")
+        for name in ("base", "tau-kept", "random-keys-tau-annealed")
     )
-    assert default[0] == pytest.approx(base[-1], rel=1e-6)
+    assert kept[0] == pytest.approx(base[-1], rel=1e-6)
     assert other[0] != pytest.approx(base[-1], rel=1e-6)
     told = json.loads((tmp_path / "losses.json").read_text())["losses"]
-    assert told["default"]["0.001"] == [{"start": default[0], "end": default[-1]}]
+    assert told["tau kept"]["0.001"] == [{"start": kept[0], "end": kept[-1]}]
     row = next(line for line in done.stdout.splitlines() if line.startswith("| random keys"))
     assert f"| {other[0]:.3f} | {other[-1]:.4f} |" in row
     again = study(tmp_path, *words)
     assert again.stdout == done.stdout
-    refused = study(tmp_path, "--steps", "3", "--variants", "default")
+    refused = study(tmp_path, "--steps", "3", "--variants", "tau kept")
     assert refused.returncode == 2 and "has done 2 steps, not 3" in refused.stderr

@@ -1,8 +1,8 @@
-"""Grow a checkpoint: append parameter tokens, by default without changing what the model computes.
+"""Grow a checkpoint: append parameter tokens, by default without changing what the model computes now.
 
 The target size is `model.tokens` of --config, or is given by --tokens or --target-params.  By default new
-keys are zero, tau is kept and the optimizer's state is carried: the grown model's loss is that of the old
-one, and it trains on from there.
+keys are zero, the optimizer's state is carried, and tau goes to sqrt(n) over half of the next stage: the
+grown model's loss is that of the old one, and it trains on from there.
 
 With --shrink it takes tokens away instead: from each Pattention those of least |K| |V|, the product of the
 norms of key and value.
@@ -84,9 +84,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--tau",
         choices=["keep", "anneal", "sqrt"],
-        help="keep (default, exact); anneal to sqrt(n) over --tau-steps (exact at the start); sqrt at once",
+        help="anneal to sqrt(n) over --tau-steps (default, exact at the start); keep (exact); sqrt at once",
     )
-    add("--tau-steps", type=int, metavar="N", help="steps that --tau anneal takes")
+    add(
+        "--tau-steps",
+        type=int,
+        metavar="N",
+        help="steps that --tau anneal takes (default: half of training.steps)",
+    )
     add(
         "--optimizer",
         choices=["carry", "reset"],

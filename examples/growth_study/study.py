@@ -31,6 +31,7 @@ from megatron_tokenformer.training.metrics import FINISHED, METRICS, read_rows
 CONFIG = Path(__file__).with_name("run.yaml")
 GROW = Path(__file__).parents[2] / "tools" / "grow_checkpoint.py"
 TOKENS = "qkv=128,output=128,ffn=512"
+KEEP = ("--tau", "keep")
 ANNEAL = ("--tau", "anneal")  # over half of the steps
 SQRT = ("--tau", "sqrt")
 RANDOM_KEYS = ("--keys", "normal")
@@ -44,16 +45,16 @@ def old_tokens(scale: float) -> tuple[str, ...]:
 
 # By name: options of tools/grow_checkpoint.py, overrides of the training after it.
 VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
+    "tau kept": (KEEP, ()),
     "tau annealed": (ANNEAL, ()),
     "tau sqrt": (SQRT, ()),
-    "random keys": (RANDOM_KEYS, ()),
-    "random keys, tau annealed": ((*RANDOM_KEYS, *ANNEAL), ()),
-    "random keys, tau sqrt": ((*RANDOM_KEYS, *SQRT), ()),
-    "optimizer reset": (RESET, ()),
-    "optimizer reset, tau annealed": ((*RESET, *ANNEAL), ()),
-    "old tokens frozen": ((), old_tokens(0.0)),
-    "old tokens at 0.3": ((), old_tokens(0.3)),
+    "random keys": ((*KEEP, *RANDOM_KEYS), ()),
+    "random keys, tau annealed": ((*ANNEAL, *RANDOM_KEYS), ()),
+    "random keys, tau sqrt": ((*SQRT, *RANDOM_KEYS), ()),
+    "optimizer reset": ((*KEEP, *RESET), ()),
+    "optimizer reset, tau annealed": ((*ANNEAL, *RESET), ()),
+    "old tokens frozen": (KEEP, old_tokens(0.0)),
+    "old tokens at 0.3": (KEEP, old_tokens(0.3)),
     "old tokens at 0.3, tau annealed": (ANNEAL, old_tokens(0.3)),
 }
 
@@ -140,8 +141,7 @@ def grow_and_train(given: argparse.Namespace, lr: float, seed: int, name: str) -
     source, folder = base(given, lr, seed), variant(given, lr, seed, name)
     if not (folder / FINISHED).exists():
         tool = (GROW, "--load", source, "--tokens", TOKENS, "--save", folder / "init", *options)
-        over = ("--tau-steps", given.steps // 2) if "anneal" in options else ()
-        call(folder, *tool, *over, f"run_dir={folder}", f"training.seed={seed}")
+        call(folder, *tool, f"run_dir={folder}", f"training.seed={seed}", f"training.steps={given.steps}")
     tokens = (f"model.tokens.{part}" for part in TOKENS.split(","))
     train(
         folder, lr, seed, given.steps, f"checkpoint.load={folder / 'init'}", *overrides, *tokens, *given.set

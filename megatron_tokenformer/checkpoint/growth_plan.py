@@ -72,6 +72,7 @@ def plan_growth(
             run, or nothing could be linked.
     """
     old, before = read_source(source)
+    rule = rule.in_a_stage_of(target.training.steps)
     check_growth(before, target.model, rule)
     if link and (rule.optimizer == "reset" or rule.old_token_noise > 0):
         raise UserError(

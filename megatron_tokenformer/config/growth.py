@@ -17,10 +17,10 @@ class Growth(Section):
     """new rows of K; zero keys have no weight until they have learned"""
     values: Literal["normal", "zero"] = "normal"
     """new rows of V"""
-    tau: Literal["keep", "anneal", "sqrt"] = "keep"
-    """keep: the number stays; anneal: it goes to sqrt(n) over `tau_steps` steps; sqrt: it jumps there"""
+    tau: Literal["keep", "anneal", "sqrt"] = "anneal"
+    """anneal: from where it is to sqrt(n) over `tau_steps` steps; keep: it stays; sqrt: it jumps at once"""
     tau_steps: PositiveInt | None = None
-    """steps of the next stage over which tau is annealed"""
+    """steps of the next stage over which tau is annealed; by default half of them"""
     optimizer: Literal["carry", "reset"] = "carry"
     """carry: old rows keep their Adam moments and the step count, new rows start at zero; reset: all do"""
     old_token_noise: float = Field(0.0, ge=0.0, allow_inf_nan=False)
@@ -32,12 +32,18 @@ class Growth(Section):
     def _can_work(self) -> Growth:
         if self.keys == self.values == "zero":
             raise ValueError("growth.keys=zero with growth.values=zero never learns; values=normal works")
-        if (self.tau == "anneal") != (self.tau_steps is not None):
+        if self.tau != "anneal" and self.tau_steps is not None:
             raise ValueError(
                 f"growth.tau={self.tau} with growth.tau_steps={self.tau_steps}; "
-                f"tau_steps belongs to tau=anneal, which needs it"
+                f"tau_steps belongs to tau=anneal"
             )
         return self
+
+    def in_a_stage_of(self, steps: int) -> Growth:
+        """The same rule with `tau_steps` filled in, for a next stage of so many steps."""
+        if self.tau != "anneal" or self.tau_steps is not None:
+            return self
+        return self.model_copy(update={"tau_steps": max(1, steps // 2)})
 
 
 class Shrinking(Section):

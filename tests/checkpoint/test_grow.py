@@ -126,7 +126,8 @@ def test_reset_drops_the_moments_of_all(trained: tuple[Path, RunConfig], tmp_pat
 @pytest.mark.parametrize(
     "rule, expected",
     [
-        ({}, [(4.0, 4.0), (4.0, 4.0)]),
+        ({}, [(4.0, 96**0.5), (4.0, 4.0 + (96**0.5 - 4.0) * 4 / 5)]),  # half of ten steps
+        ({"tau": "keep"}, [(4.0, 4.0), (4.0, 4.0)]),
         ({"tau": "sqrt"}, [(96**0.5, 96**0.5)] * 2),
         ({"tau": "anneal", "tau_steps": 8}, [(4.0, 96**0.5), (4.0, (4.0 + 96**0.5) / 2)]),
     ],
@@ -193,8 +194,7 @@ def test_softmax_grows_only_when_asked_because_its_loss_changes(tmp_path: Path) 
     "rule, words",
     [
         ({"keys": "zero", "values": "zero"}, "never learns"),
-        ({"tau": "anneal"}, "tau=anneal, which needs it"),
-        ({"tau_steps": 5}, "tau_steps belongs to tau=anneal"),
+        ({"tau": "keep", "tau_steps": 5}, "tau_steps belongs to tau=anneal"),
     ],
 )
 def test_rules_that_cannot_work_are_refused_in_words(rule: dict[str, Any], words: str) -> None:
