@@ -28,6 +28,8 @@ NEXT_LOSS_BYTES = 64_000_000
 """more than any takes, with the prefixes of a large blend"""
 # Relative.  In fp32 layouts differ by 1e-6, in bf16 by up to 2e-2; another batch or damaged weights by more.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+SAME_LAYOUT = 1e-3
+"""in 16 bits, where layout and micro-batch are the same too: then even rounding is"""
 
 
 class Continuity:
@@ -86,6 +88,7 @@ class Continuity:
             self._unwritten[step - 1] = {
                 "loss": found,
                 "precision": self._precision,
+                "computed": self._computed(),
                 "samples": self._samples(before),
             }
         self.write()
@@ -110,6 +113,8 @@ class Continuity:
     def _compare(self, loss: float) -> None:
         expected, self._expected = self._expected, None
         tolerance = max(TOLERANCES[self._precision], TOLERANCES[expected["precision"]])
+        if self._precision == expected["precision"] and self._computed() == expected.get("computed"):
+            tolerance = min(tolerance, SAME_LAYOUT)
         if not abs(loss - expected["loss"]) <= tolerance * abs(expected["loss"]):
             raise UserError(
                 f"the first loss after loading {self._loaded} is {loss:.6f}, but on the same samples the run "
@@ -118,6 +123,12 @@ class Continuity:
                 exit_code=1,
                 everywhere=True,
             )
+
+    def _computed(self) -> dict[str, Any]:
+        """What the rounding of a loss depends on, besides the precision."""
+        parallel = self._config.parallel.model_dump(exclude={"timeout_minutes"})
+        micro_batch_size = self._config.training.micro_batch_size
+        return {**parallel, "data": self._layout.data_size, "micro_batch_size": micro_batch_size}
 
     def _samples(self, position: int) -> dict[str, Any]:
         """What the loss of a step is of, besides the weights."""

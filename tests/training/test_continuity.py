@@ -152,3 +152,29 @@ def diverged(layout: Layout, folder: Path) -> bool:
 
 def test_a_loss_that_is_no_number_is_not_kept_for_comparison(tmp_path: Path) -> None:
     assert run_ranks(1, diverged, tmp_path) == [False]
+
+
+def first_loss(layout: Layout, folder: Path, loss: float, micro_batch_size: int) -> str:
+    """Load a checkpoint whose run, in bf16, had 2.0 next; what the first loss here is answered with."""
+    config = toy_config(folder, training={"micro_batch_size": micro_batch_size})
+    before = Continuity(toy_config(folder), layout, folder, "bf16", None, 0)
+    before.saved(2)
+    path = folder / "step-00000002"
+    path.mkdir()
+    before.stepped(3, 24, torch.tensor(2.0))
+    try:
+        Continuity(config, layout, folder, "bf16", path, 16).stepped(3, 24, torch.tensor(loss))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "loss, micro_batch_size, refused",
+    [(2.001, 1, False), (2.01, 1, True), (2.01, 2, False), (2.2, 2, True)],
+)
+def test_in_16_bits_rounding_is_allowed_for_only_where_it_can_differ(
+    tmp_path: Path, loss: float, micro_batch_size: int, refused: bool
+) -> None:
+    (said,) = run_ranks(1, first_loss, tmp_path, loss, micro_batch_size)
+    assert ("the first loss after loading" in said) == refused
