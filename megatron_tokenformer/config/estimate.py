@@ -62,7 +62,7 @@ class Hardware:
 ASSUMPTIONS = """\
 computing reaches {efficiency:.0%} of the peak of {peak:.0f} TFLOP/s, whatever the sizes; recomputing counts
 all traffic is waited for, none of it hidden behind computing; a call takes {latency:.0f} us beside its bytes
-collectives reach {link:.0f} GB/s per GPU in a node of {per_node}, and {network:.0f} GB/s per port between nodes
+collectives reach {link:.0f} GB/s per GPU in a node of {per_node}, {network:.0f} GB/s per port between nodes
 not counted: data loading, the optimizer's own arithmetic, evaluation, checkpoints, failures
 memory: {usable:.0%} of {memory:.0f} GB is planned for; the rest is CUDA's, NCCL's and the allocator's"""
 
