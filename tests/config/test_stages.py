@@ -58,7 +58,7 @@ def test_the_head_of_a_small_model_is_worth_several_layers() -> None:
     assert slowest_share(config) == pytest.approx(2 * d * v / ((12 * layer + 2 * d * v) / 4))
     assert describe_pipeline(config, 16) == (
         "stages: 4, 4, 4, 0 layers, the last with the head; the slowest has 1.16 of the mean work; "
-        "16 micro-batch(es) of 8 per step and rank: the bubble is 15.8% of it"
+        "16 micro-batch(es) of 8 per step and rank: the bubble is 15.8% of a step"
     )
     large = load_config(CONFIGS / "tokenformer-1.4b.yaml", ["parallel.pipeline=4"])
     assert stage_layers(large) == [3, 3, 3, 3]
