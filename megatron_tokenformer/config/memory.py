@@ -18,6 +18,9 @@ ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 SCORE = {"bf16": 10, "fp16": 10, "fp32": 12}
 """bytes that a layer keeps of a score: itself, what is squared in fp32, what GELU is taken of, its weight"""
 
+SCORE_AT_WORK = 8
+"""bytes more of a score of the widest Pattention while its backward is at work, in all precisions"""
+
 REDUCE_BUCKET = 50_000_000
 """elements of the buffer that gradients are reduced in without bf16; DeepSpeed's `reduce_bucket_size`"""
 
@@ -83,7 +86,7 @@ def layer_activations(config: RunConfig, recompute: str) -> int:
 
 
 def activations(config: RunConfig, stage: int, micro_batches: int) -> dict[str, int]:
-    """Bytes of a rank's activations at their most, by kind: layers, the layer computed again, ends, pipeline.
+    """Bytes of a rank's activations at their most, by kind: kept by layers, at work in one, ends.
 
     Args:
         micro_batches: of a step.  Under 1F1B stage i of p keeps those of at most p - i.
@@ -93,7 +96,10 @@ def activations(config: RunConfig, stage: int, micro_batches: int) -> dict[str, 
     element, recompute = ELEMENT[resolved_precision(config)], config.training.recompute
     between = element * config.model.hidden_size * _tokens_between(config)
     layers = stage_layers(config)[stage]
-    found = {"activations": under_way * layers * layer_activations(config, recompute)}
+    found = {
+        "activations": under_way * layers * layer_activations(config, recompute),
+        "backward at work": (layers > 0) * backward_at_work(config),
+    }
     if recompute == "layer":
         found["recomputed layer"] = (layers > 0) * layer_activations(config, "none")
     if stage == stages - 1:
@@ -102,6 +108,12 @@ def activations(config: RunConfig, stage: int, micro_batches: int) -> dict[str, 
         # What came and what went of each micro-batch under way, and the buffers for what comes.
         found["stage borders"] = between * (2 * max(under_way, 2) + 2)
     return found
+
+
+def backward_at_work(config: RunConfig) -> int:
+    """Bytes of gradients on their way through a layer where they are most: in its widest Pattention."""
+    widest = max(config.model.tokens.model_dump().values())
+    return SCORE_AT_WORK * _tokens(config) * widest // config.parallel.tensor
 
 
 def logits(config: RunConfig) -> int:

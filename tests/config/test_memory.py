@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tokenformer.config.memory import layer_activations, logits, model_states
+from megatron_tokenformer.config.memory import backward_at_work, layer_activations, logits, model_states
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.model.pipeline import language_model_loss
 from megatron_tokenformer.model.tokenformer import Embedding, FinalNorm, TokenformerLayer
@@ -182,6 +182,29 @@ def test_policies_keep_what_is_said(tmp_path: Path, precision: str) -> None:
     (kept,) = run_ranks(1, allocated_by_layer, config)
     for policy, measured in kept.items():
         assert layer_activations(config, policy) == pytest.approx(measured, rel=0.03), policy
+
+
+def most_of_a_layer(layout: Layout, config: RunConfig) -> int:
+    """At its fullest, forward and backward."""
+    layer, x = new_layer(layout, config)
+    for leaf in (x, *layer.parameters()):
+        leaf.grad = torch.zeros_like(leaf)
+    layer(x)
+
+    def run() -> Tensor:
+        output = layer(x)
+        output.sum().backward()
+        return output
+
+    return allocated(run)[1] + x.nbytes
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_layer_at_work_takes_what_is_said(tmp_path: Path, precision: str) -> None:
+    """Within 2 %, where scores are much wider than the rest."""
+    config = layer_config(tmp_path, precision, 512, {})
+    (most,) = run_ranks(1, most_of_a_layer, config)
+    assert layer_activations(config, "none") + backward_at_work(config) == pytest.approx(most, rel=0.02)
 
 
 def measure_logits(layout: Layout, config: RunConfig) -> int:
