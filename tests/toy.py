@@ -22,7 +22,7 @@ def write_tokens(folder: Path, name: str = "toy", tokens: int = 40_000, seed: in
     prefix = str(folder / f"{name}_text_document")
     steps = np.random.default_rng(seed).integers(0, 3, size=tokens)
     writer = TokenFileWriter(prefix, np.dtype("uint16"))
-    writer.add((np.cumsum(steps) % VOCABULARY).astype(np.uint16), np.full(tokens // 100, 100))
+    writer.add((np.cumsum(steps) % VOCABULARY).astype(np.uint16), np.diff([*range(0, tokens, 100), tokens]))
     writer.finish()
     return prefix
 

@@ -3,6 +3,9 @@
 The target size is `model.tokens` of --config, or is given by --tokens or --target-params.  By default new
 keys are zero, tau is kept and the optimizer's state is carried: the grown model's loss is that of the old
 one, and it trains on from there.
+
+With --shrink it takes tokens away instead: from each Pattention those of least |K| |V|, the product of the
+norms of key and value.
 """
 
 from __future__ import annotations
@@ -11,20 +14,24 @@ import argparse
 import json
 import shlex
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_tokenformer.checkpoint.grow import carry_out, grown_taus
-from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, check_space, in_bytes, plan_growth
+from megatron_tokenformer.checkpoint import grow, shrink
+from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
 from megatron_tokenformer.checkpoint.manifest import read_manifest
-from megatron_tokenformer.checkpoint.store import find_checkpoint, replace_durably
-from megatron_tokenformer.config.growth import Growth, changes_of_function
+from megatron_tokenformer.checkpoint.resize import check_space
+from megatron_tokenformer.checkpoint.resize_report import describe, report
+from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
+from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
+from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.config.target_size import parse_count, parse_tokens, tokens_for
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError, run_cli
-from megatron_tokenformer.model.tau import taus_from_json, taus_to_json
+from megatron_tokenformer.evaluation.perplexity import Evaluation, Score, evaluate, open_evaluation
 
 EPILOG = """\
 example:
@@ -41,9 +48,17 @@ example:
   python tools/grow_checkpoint.py --load runs/124m --tokens qkv=2144,output=2144,ffn=8576 \
       --save runs/354m/init --dry-run
 
+  # back to fewer tokens, and what that costs on a million tokens
+  python tools/grow_checkpoint.py --shrink --load runs/354m --target-params 200M --save runs/200m/init \\
+      run_dir=runs/200m --data data/pile-validation_text_document --max-tokens 1000000
+
 Adam's step count is carried with the moments, so bias correction does not help the new rows: warm the
 learning rate up again in the next stage (optimizer.warmup_steps).
 """
+OF_GROWTH = (
+    *("keys", "values", "tau", "tau_steps", "old_token_noise", "allow_inexact"),
+    *("link", "no_verify"),
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -61,14 +76,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="about this many parameters, such as 757M: all roles in proportion, in multiples of 32 tokens",
     )
-    add("--save", required=True, type=Path, help="folder for the grown checkpoint")
+    add("--save", required=True, type=Path, help="folder for the new checkpoint")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    add("--keys", choices=["zero", "normal"], default="zero", help="new keys; zero is exact (default)")
-    add("--values", choices=["normal", "zero"], default="normal", help="new values (default: normal)")
+    add("--shrink", action="store_true", help="take the tokens of least |K| |V| away instead; keeps tau")
+    add("--keys", choices=["zero", "normal"], help="new keys; zero is exact (default)")
+    add("--values", choices=["normal", "zero"], help="new values (default: normal)")
     add(
         "--tau",
         choices=["keep", "anneal", "sqrt"],
-        default="keep",
         help="keep (default, exact); anneal to sqrt(n) over --tau-steps (exact at the start); sqrt at once",
     )
     add("--tau-steps", type=int, metavar="N", help="steps that --tau anneal takes")
@@ -81,7 +96,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--old-token-noise",
         type=float,
-        default=0.0,
         metavar="STD",
         help="add normal noise to the old keys and values (default: 0; inexact)",
     )
@@ -91,35 +105,85 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--no-verify", action="store_true", help="with --link: do not read the old shards to check their hash"
     )
     add("--dry-run", action="store_true", help="print sizes, and write nothing")
+    add(
+        "--data",
+        action="append",
+        metavar="PREFIX",
+        help="a dataset to measure the loss on, before and after, in fp32; may be given again",
+    )
+    add("--max-tokens", type=int, metavar="N", help="with --data: only the first N tokens of each")
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
     given = parser.parse_args(argv)
-    if given.no_verify and not given.link:
-        raise UserError("--no-verify goes with --link; copying checks every hash on the way, at no cost")
+    refuse_contradictions(given)
     return given
 
 
+def refuse_contradictions(given: argparse.Namespace) -> None:
+    """Refuse options that do not go together, and name them.
+
+    Raises:
+        UserError: there are such.
+    """
+    if given.shrink:
+        of_growth = [key for key in OF_GROWTH if getattr(given, key) not in (None, False)]
+        if of_growth:
+            option = f"--{of_growth[0].replace('_', '-')}"
+            raise UserError(f"{option} is for growth, --shrink takes tokens away; leave one out")
+    if given.data and given.dry_run:
+        raise UserError("--data measures what was written, --dry-run writes nothing; leave one out")
+    if given.max_tokens is not None and not given.data:
+        raise UserError("--max-tokens goes with --data; it says how much of it is read")
+    if given.no_verify and not given.link:
+        raise UserError("--no-verify goes with --link; copying checks every hash on the way, at no cost")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Grow, and print what was done and how to go on."""
+    """Grow or shrink, and print what was done and how to go on."""
     given = parse(argv)
-    rule = validate(Growth, {key: getattr(given, key) for key in Growth.model_fields}, "growth")
-    source = find_checkpoint(given.load)
+    source, _ = first_good(find_checkpoints(given.load))
     target = target_config(given, source)
-    plan = plan_growth(source, target, given.save, rule, link=given.link, verify=not given.no_verify)
+    plan = make_plan(given, source, target)
     figures = describe(plan)
     if given.dry_run:
         report(plan, figures)
-        check_space(plan, link=plan.link and plan.one_file_system)
+        check_space(plan, plan.new_bytes if given.shrink else plan.needed_bytes(plan.links))
     else:
-        start = time.perf_counter()
-        grown = carry_out(plan)
-        seconds = round(time.perf_counter() - start, 3)
-        figures |= {"path": str(grown.path), "seconds": seconds, "old_rows": grown.old_rows}
-        figures["norms"] = grown.manifest.history[-1]["norms"]
+        # First, so that a mistake in the data costs nothing; in fp32, for growth changes the loss by nothing.
+        opened = open_evaluation(source, given.data, max_tokens=given.max_tokens) if given.data else None
+        before = evaluate(opened, "fp32") if opened else []
+        figures |= carry_out(plan)
         report(plan, figures)
+        if opened:
+            figures["losses"] = print_losses(opened, before, Path(figures["path"]))
+        elif not figures["exact"]:
+            tell_how_to_measure(target, source, figures["path"])
         tell_next_stage(given, target)
     if given.json:
         print(json.dumps(figures))
     return 0
+
+
+def make_plan(given: argparse.Namespace, source: Path, target: RunConfig) -> GrowthPlan | ShrinkPlan:
+    """What is to be done, checked as far as can be before it begins."""
+    if given.shrink:
+        rule = validate(Shrinking, {"optimizer": given.optimizer}, "shrinking")
+        return plan_shrink(source, target, given.save, rule)
+    told = {key: getattr(given, key) for key in Growth.model_fields}
+    growth = validate(Growth, {key: value for key, value in told.items() if value is not None}, "growth")
+    return plan_growth(source, target, given.save, growth, given.link, verify=not given.no_verify)
+
+
+def carry_out(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
+    """Do it; the figures that are known only then."""
+    start = time.perf_counter()
+    if isinstance(plan, ShrinkPlan):
+        path, manifest = shrink.carry_out(plan)
+        figures = {key: manifest.history[-1][key] for key in ("reach", "exact")}
+    else:
+        grown = grow.carry_out(plan)
+        path = grown.path
+        figures = {"old_rows": grown.old_rows, "norms": grown.manifest.history[-1]["norms"]}
+    return {**figures, "path": str(path), "seconds": round(time.perf_counter() - start, 3)}
 
 
 def target_config(given: argparse.Namespace, source: Path) -> RunConfig:
@@ -131,60 +195,30 @@ def target_config(given: argparse.Namespace, source: Path) -> RunConfig:
     if given.tokens:
         tokens = parse_tokens(given.tokens, before.tokens)
     else:
-        tokens = tokens_for(before, parse_count(given.target_params))
+        tokens = tokens_for(before, parse_count(given.target_params), given.shrink)
     tree = merge(stored, {"model": {"tokens": tokens.model_dump()}, "checkpoint": {"load": str(given.save)}})
     for text in given.overrides:
         merge(tree, parse_override(text))
     return validate(RunConfig, tree, str(source))
 
 
-def describe(plan: GrowthPlan) -> dict[str, Any]:
-    """The figures of a growth, known before it begins; sizes in bytes."""
-    model = plan.target.model
-    reasons = changes_of_function(model, plan.rule)
-    linked = plan.link and plan.one_file_system
-    return {
-        "from": str(plan.source),
-        "step": plan.old.step,
-        "path": None,
-        "tokens_before": plan.before.tokens.model_dump(),
-        "tokens_after": model.tokens.model_dump(),
-        "parameters_before": parameter_count(plan.before),
-        "parameters_after": parameter_count(model),
-        "taus": taus_to_json(grown_taus(taus_from_json(plan.old.taus), plan.old.step, model, plan.rule)),
-        **plan.rule.model_dump(),
-        "exact": not reasons,
-        "inexact_because": reasons,
-        "old_rows": "linked" if linked else "copied",
-        "bytes_old": plan.old_bytes,
-        "bytes_new": plan.new_bytes,
-        "bytes_free_before": plan.free_bytes,
-    }
+def print_losses(opened: Evaluation, before: list[Score], path: Path) -> list[dict[str, Any]]:
+    """Measure the new checkpoint as the old one was, print the change, and return both losses of each."""
+    again = open_evaluation(path, [score.name for score in before], **asdict(opened.reading))
+    found = []
+    for old, new in zip(before, evaluate(again, "fp32")):
+        change = new.val_loss - old.val_loss
+        print(f"  loss on {old.name}: {old.val_loss:.6f} before, {new.val_loss:.6f} after ({change:+.1e})")
+        found.append({"data": old.name, "before": old.val_loss, "after": new.val_loss, "tokens": old.tokens})
+    return found
 
 
-def report(plan: GrowthPlan, figures: dict[str, Any]) -> None:
-    """Print a growth, done or planned: sizes, tau, optimizer, exactness, bytes."""
-    done = f"grew {plan.source} (step {plan.old.step}) to {figures['path']}"
-    print(done if figures["path"] else f"would grow {plan.source} (step {plan.old.step}) into {plan.folder}")
-    print(f"  parameters {figures['parameters_before']:,} -> {figures['parameters_after']:,}")
-    print(f"  {'tokens':<8}{'old rows':>10}{'new rows':>10}{'in all':>10}{'tau':>16}")
-    for role, after in figures["tokens_after"].items():
-        before, tau = figures["tokens_before"][role], figures["taus"][role]
-        course = f"{tau['start']:.2f}" + (f" -> {tau['end']:.2f}" if tau["steps"] else "")
-        print(f"  {role:<8}{before:>10,}{after - before:>10,}{after:>10,}{course:>16}")
-    print(f"  new keys {figures['keys']}, new values {figures['values']}, optimizer {figures['optimizer']}")
-    for role, norms in figures.get("norms", {}).items():
-        told = (f"{key.replace('_', ' ')} {value:.3g}" for key, value in norms.items() if value is not None)
-        print(f"  mean norm, {role}: {', '.join(told)}")
-    reasons = figures["inexact_because"]
-    print(f"  the function changes: {'; '.join(reasons)}" if reasons else "  exact: the function is the same")
-    old, new = in_bytes(figures["bytes_old"]), in_bytes(figures["bytes_new"])
-    print(f"  old rows {old}, {figures['old_rows']}; new rows {new}, written", end="")
-    if figures["path"]:
-        speed = (figures["bytes_old"] + figures["bytes_new"]) / figures["seconds"]
-        print(f"; {figures['seconds']:.1f} s, {in_bytes(int(speed))}/s")
-    else:
-        print(f"; {in_bytes(figures['bytes_free_before'])} are free on that disk")
+def tell_how_to_measure(target: RunConfig, source: Path, path: str) -> None:
+    """Print the commands that tell what the change of the function cost."""
+    data = [prefix for _, prefix in target.data.validation] or ["PREFIX"]
+    print("what it cost:")
+    for load in (str(source), path):
+        print(f"  python tools/evaluate.py {shlex.join(['--load', load, '--data', *data])}")
 
 
 def tell_next_stage(given: argparse.Namespace, target: RunConfig) -> None:

@@ -24,6 +24,7 @@ from megatron_tokenformer.checkpoint.manifest import (
     Manifest,
 )
 from megatron_tokenformer.checkpoint.shards import IntervalReader
+from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters
 from megatron_tokenformer.parallel.layout import Layout
 
@@ -104,8 +105,10 @@ def load(module: nn.Module, zero: Any, layout: Layout, folder: Path, manifest: M
     """Read this rank's intervals of a checkpoint that any layout wrote, and nothing else of it.
 
     Raises:
-        UserError: a shard is not what the manifest says.
+        UserError: a shard or the loss scaler's state is not what the manifest says.
     """
+    if manifest.loss_scaler and manifest.loss_scaler.keys() != set(LOSS_SCALER_STATE):
+        raise UserError(f"checkpoint {folder} is damaged: loss_scaler is {manifest.loss_scaler}", exit_code=1)
     reader = IntervalReader(folder, manifest)
     state = adam_state(zero)
     for fragment in fragments(module, zero, layout):

@@ -12,13 +12,11 @@ has weight, so growth there is not exact.)
 
 from __future__ import annotations
 
-import datetime
 import errno
 import math
 import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,20 +24,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint import store
-from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, check_space, plan_growth
+from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
 from megatron_tokenformer.checkpoint.manifest import (
     WEIGHT,
     Interval,
     Manifest,
     Shard,
 )
+from megatron_tokenformer.checkpoint.resize import check_space, new_manifest, write_whole
 from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, verify_shard, write_shard
 from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, is_token
 from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.schema import Model, RunConfig
-from megatron_tokenformer.config.sizes import parameter_count
-from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.initialization import normal_row_blocks, normal_rows
 from megatron_tokenformer.model.language_model import full_shapes, initial_std
 from megatron_tokenformer.model.tau import (
@@ -48,7 +44,6 @@ from megatron_tokenformer.model.tau import (
     TauSchedule,
     constant_tau,
     taus_from_json,
-    taus_to_json,
 )
 
 ZERO_BLOCK = 256 * 1024
@@ -85,52 +80,27 @@ def carry_out(plan: GrowthPlan) -> Grown:
         UserError: there is no room for it, a shard is damaged, or the folder cannot be written; nothing new
             is then there.
     """
-    temporary = plan.folder / store.temporary_name(0)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        check_space(plan, link=plan.link and plan.one_file_system)
-        store.make_empty(temporary)
-        linked = plan.link and _link_or_tell(plan, temporary)
-        grown = _write_grown(plan, temporary, linked)
-        return Grown(store.publish(temporary, grown), grown, "linked" if linked else "copied")
-    except OSError as error:
-        why = f"cannot grow {plan.source} into {plan.folder}: {error.strerror}"
-        raise UserError(why, exit_code=1) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    linked = False
+
+    def write(folder: Path) -> Manifest:
+        nonlocal linked
+        linked = plan.link and _link_or_tell(plan, folder)
+        return _write_grown(plan, folder, linked)
+
+    path, manifest = write_whole(plan, plan.needed_bytes(plan.links), write)
+    return Grown(path, manifest, "linked" if linked else "copied")
 
 
-def _write_grown(plan: GrowthPlan, temporary: Path, linked: bool) -> Manifest:
+def _write_grown(plan: GrowthPlan, folder: Path, linked: bool) -> Manifest:
     """Write the shards of the grown checkpoint, and return its manifest."""
     old, model, rule = plan.old, plan.target.model, plan.rule
-    shapes = full_shapes(model)
-    norms = TokenNorms(shapes)
-    shards = _old_shards(plan, temporary, linked, norms)
-    shards.append(_new_rows(temporary / f"grown-{len(old.history) + 1:03d}.safetensors", plan, norms))
+    norms = TokenNorms(full_shapes(model))
+    shards = _old_shards(plan, folder, linked, norms)
+    shards.append(_new_rows(folder / f"grown-{len(old.history) + 1:03d}.safetensors", plan, norms))
     old_rows = {name: shape[0] for name, shape in old.shapes.items()}
-    entry = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "from": str(plan.source),
-        "step": old.step,
-        "val_loss": old.val_loss,
-        "tokens_before": plan.before.tokens.model_dump(),
-        "tokens_after": model.tokens.model_dump(),
-        "parameters_before": parameter_count(plan.before),
-        "parameters_after": parameter_count(model),
-        **rule.model_dump(),
-        "norms": norms.means(old_rows, read=plan.verify or not linked),
-    }
-    return replace(
-        old,
-        config=plan.target.model_dump(mode="json"),
-        step=0,
-        adam_step=old.adam_step if rule.optimizer == "carry" else 0,
-        taus=taus_to_json(grown_taus(taus_from_json(old.taus), old.step, model, rule)),
-        shapes={name: list(shape) for name, shape in shapes.items()},
-        states=plan.states,
-        shards=shards,
-        history=[*old.history, entry],
-    )
+    told = {"norms": norms.means(old_rows, read=plan.verify or not linked)}
+    taus = grown_taus(taus_from_json(old.taus), old.step, model, rule)
+    return new_manifest(plan, taus, shards, told)
 
 
 def grown_taus(taus: Taus, step: int, model: Model, rule: Growth) -> Taus:
@@ -164,7 +134,7 @@ def _link_or_tell(plan: GrowthPlan, folder: Path) -> bool:
         for path in made:
             path.unlink()
         print(f"cannot link {plan.source} into {plan.folder}: {error.strerror}; copying instead", flush=True)
-        check_space(plan, link=False)
+        check_space(plan, plan.needed_bytes(link=False))
         return False
     return True
 

@@ -8,11 +8,10 @@ at it when it comes to the next save, which is at the same step on every rank.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +31,7 @@ from megatron_tokenformer.checkpoint.shards import (
     write_shard,
 )
 from megatron_tokenformer.config.schema import Checkpoint
+from megatron_tokenformer.durable import naming
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout, on_all_ranks
 
@@ -182,7 +182,7 @@ def write_together(
     try:
         main_alone(lambda: store.make_empty(temporary))
         shards = [shard for shard in all_or_none(manifest.step, write_own, group) if shard]
-        main_alone(lambda: _publish(temporary, replace(manifest, shards=shards)))
+        main_alone(lambda: store.publish(temporary, replace(manifest, shards=shards)))
     except UserError:
         if layout.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # gives a full disk its space back
@@ -208,22 +208,8 @@ def _write_verified(
 ) -> Shard:
     """Write a rank's shard, and read it back from the disk."""
     path = folder / f"rank-{rank:05d}.safetensors"
-    with _named(path):
+    with naming(path):
         shard = write_shard(path, intervals, states, data)
     drop_from_cache(path)
     verify_shard(folder, shard, lambda _: None)
     return shard
-
-
-def _publish(temporary: Path, manifest: Manifest) -> None:
-    with _named(temporary):
-        store.publish(temporary, manifest)
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name a file in the error of a write, which does not know it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None

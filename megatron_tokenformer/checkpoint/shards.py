@@ -22,6 +22,7 @@ from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, Shard, 
 from megatron_tokenformer.errors import UserError
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
+MAPPED_ELEMENTS = 2 * BLOCK_ELEMENTS
 COPY_BYTES = 1024 * 1024
 
 
@@ -75,20 +76,30 @@ class IntervalReader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._open: dict[str, safe_open] = {}
+        self._mapped = 0
 
     def read(self, wanted: Interval, state: str) -> Iterator[tuple[int, Tensor]]:
         """Pieces of at most BLOCK_ELEMENTS of one state, as (first element, fp32 values), in order.
 
         Raises:
-            UserError: a shard that is not what the manifest says.
+            UserError: a shard that is not what the manifest says, or elements that no shard has.
         """
+        at = wanted.start
         for shard, stored in self.manifest.locate(wanted):
             start, stop = max(wanted.start, stored.start), min(wanted.stop, stored.stop)
             for first in range(start, stop, BLOCK_ELEMENTS):
                 last = min(first + BLOCK_ELEMENTS, stop)
                 yield first, self._slice(shard, stored, state, first, last)
+            at = stop
+        if at != wanted.stop:
+            raise UserError(f"checkpoint {self.folder} has no element {at} of {wanted.name}", 1)
 
     def _slice(self, shard: Shard, stored: Interval, state: str, first: int, last: int) -> Tensor:
+        # Files are mapped, and what was read of them counts as this process's memory while they are open.
+        self._mapped += last - first
+        if self._mapped > MAPPED_ELEMENTS:
+            self._open.clear()
+            self._mapped = last - first
         try:
             if shard.file not in self._open:
                 self._open[shard.file] = safe_open(self.folder / shard.file, framework="pt")
@@ -158,17 +169,27 @@ def drop_from_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Read a checkpoint whole: its manifest, and all shards against their hashes.
+def verify_checkpoint(folder: Path) -> Manifest:
+    """Read a checkpoint whole, its manifest and all shards against their hashes; return the manifest.
 
     Raises:
         UserError: names the first file that is not what it was, and why.
     """
-    shards = read_manifest(folder).shards
-    total = sum(shard.size for shard in shards)
+    manifest = read_manifest(folder)
+    for error in damaged_shards(folder, manifest):
+        raise error
+    return manifest
+
+
+def damaged_shards(folder: Path, manifest: Manifest) -> Iterator[UserError]:
+    """Read all shards, with a progress bar; for each that is not what it was, the error that says so."""
+    total = sum(shard.size for shard in manifest.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder.name}", disable=None) as bar:
-        for shard in shards:
-            verify_shard(folder, shard, bar.update)
+        for shard in manifest.shards:
+            try:
+                verify_shard(folder, shard, bar.update)
+            except UserError as error:
+                yield error
 
 
 def _check_hash(source: Path, shard: Shard, found: str) -> None:
@@ -179,9 +200,12 @@ def _check_hash(source: Path, shard: Shard, found: str) -> None:
 
 
 def _blocks(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file in blocks, each valid until the next is asked for."""
+    """The bytes of a shard in blocks, each valid until the next is asked for."""
     # One buffer that fits the cache, for all blocks: with a new one for each, copying is three times slower.
     buffer = memoryview(bytearray(COPY_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            yield buffer[:size]
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                yield buffer[:size]
+    except OSError as error:
+        raise UserError(f"checkpoint shard {path}: {error.strerror}", exit_code=1) from None

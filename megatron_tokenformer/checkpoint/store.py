@@ -6,19 +6,25 @@ complete or it is not there.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_tokenformer.checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from megatron_tokenformer.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    read_manifest,
+    read_small,
+    write_manifest,
+)
+from megatron_tokenformer.durable import replace_durably, sync_folder
 from megatron_tokenformer.errors import UserError
 
 LATEST = "latest"
 WRITING, REPLACED, DELETED = ".writing", ".replaced", ".deleted"
 """how the hidden folders end whose checkpoints are not complete yet, about to be replaced, or to go"""
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-([0-9]{8,18})")
 
 
 def step_name(step: int) -> str:
@@ -47,32 +53,46 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    return find_checkpoints(path)[0]
+
+
+def find_checkpoints(path: str | Path) -> list[Path]:
+    """What `--load PATH` means, and what to take if that one is damaged, and so on.
+
+    Raises:
+        UserError: there is none.
+    """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        return path
+        return [path]
     for folder in (path, path / "checkpoints"):
-        latest = _read_latest(folder)
-        if latest is not None:
-            return latest
-        complete = complete_checkpoints(folder)
+        latest, complete = read_latest(folder), complete_checkpoints(folder)
         if complete:
-            return complete[-1]
+            return sorted(reversed(complete), key=lambda found: found != latest)
     raise UserError(f"no complete checkpoint at {path}: no {MANIFEST} there or in a step-* folder")
 
 
-def newest_good(folder: Path, check: Callable[[Path], object] = read_manifest) -> Path | None:
-    """The newest checkpoint that is in order, passing over bad ones with a warning.
+def first_good(
+    checkpoints: Sequence[Path], check: Callable[[Path], Manifest] = read_manifest
+) -> tuple[Path, Manifest]:
+    """The first of some checkpoints that is in order, passing over bad ones with a warning.
 
     Args:
         check: raises UserError for a bad one; by default manifest and shard sizes are looked at.
+
+    Raises:
+        UserError: none is; says what is wrong with the first.
     """
-    for path in reversed(complete_checkpoints(folder)):
+    reasons = []
+    for path in checkpoints:
         try:
-            check(path)
-            return path
+            return path, check(path)
         except UserError as error:
-            print(f"warning: passing over {path}: {error}", flush=True)
-    return None
+            reasons.append(error)
+            if len(checkpoints) > 1:
+                print(f"warning: passing over {path}: {error}", flush=True)
+    others = f" (and all {len(reasons) - 1} others there are bad)" if len(reasons) > 1 else ""
+    raise UserError(f"{reasons[0]}{others}", exit_code=1)
 
 
 def temporary_name(step: int) -> str:
@@ -86,23 +106,23 @@ def make_empty(folder: Path) -> None:
     missing = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True)
     for parent in missing:
-        _sync_folder(parent.parent)
+        sync_folder(parent.parent)
 
 
 def publish(temporary: Path, manifest: Manifest) -> Path:
     """Make a checkpoint whose shards are durable in `temporary` complete, and name it in `latest`."""
     write_manifest(temporary, manifest)
-    _sync_folder(temporary)
+    sync_folder(temporary)
     final = temporary.parent / step_name(manifest.step)
     if final.exists():  # a run that went back to an earlier step writes this one again
         replaced = final.with_name(f".{final.name}{REPLACED}")
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
         temporary.rename(final)
-        shutil.rmtree(replaced)
+        _remove(replaced)
     else:
         temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     replace_durably(final.parent / LATEST, final.name + "\n")
     return final
 
@@ -122,8 +142,8 @@ def retain(folder: Path, keep_last: int, keep_every: int, newest: Path) -> None:
         try:
             # First another name: what is half deleted is not to be found.
             deleted = path.rename(path.with_name(f".{path.name}{DELETED}"))
-            _sync_folder(folder)
-            shutil.rmtree(deleted)
+            sync_folder(folder)
+            _remove(deleted)
         except OSError as error:
             print(f"warning: cannot delete {path}: {error.strerror}", flush=True)
 
@@ -139,33 +159,23 @@ def clear_leftovers(folder: Path) -> None:
             if path.suffix == REPLACED and (path / MANIFEST).is_file() and not final.exists():
                 path.rename(final)
             elif path.suffix in (WRITING, REPLACED, DELETED):
-                shutil.rmtree(path)
+                _remove(path)
         except OSError as error:
             print(f"warning: cannot clear away {path}: {error.strerror}", flush=True)
 
 
-def replace_durably(path: Path, text: str) -> None:
-    """Replace a small file so that it holds the old text or the new, whatever happens."""
-    temporary = path.with_name(f".{path.name}{WRITING}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
+def _remove(path: Path) -> None:
+    """Remove a folder; of one that was put elsewhere, the link to it alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
-def _read_latest(folder: Path) -> Path | None:
+def read_latest(folder: Path) -> Path | None:
+    """What `latest` names, be it complete or not; nothing outside of the folder."""
     try:
-        path = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-    except OSError:
+        name = read_small(folder / LATEST, 64).decode("ascii").strip()
+    except (OSError, ValueError):
         return None
-    return path if (path / MANIFEST).is_file() else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return folder / name if _STEP.fullmatch(name) else None

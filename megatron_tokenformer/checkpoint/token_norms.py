@@ -1,8 +1,9 @@
-"""Mean norms of old and new parameter tokens, from the bytes that a growth reads and writes anyway."""
+"""Norms of parameter tokens, from the bytes of a checkpoint as they are read or written."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ class TokenNorms:
     """Sums of squares of every row of K and V, from pieces of the flattened parameters in any order.
 
     Args:
-        shapes: of the grown model, by canonical name.
+        shapes: of the model, by canonical name.
+        exact: sum in fp64.  In fp32, which is faster, the last digits depend on how rows are cut.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Mapping[str, Sequence[int]], exact: bool = False) -> None:
+        self._exact = exact
         self._width = {name: shape[1] for name, shape in shapes.items() if is_token(name)}
         self._squares = {name: np.zeros(shapes[name][0]) for name in self._width}
 
@@ -30,6 +33,7 @@ class TokenNorms:
         if name not in self._width:
             return
         width, squares = self._width[name], self._squares[name]
+        values = values.astype(np.float64) if self._exact else values
         row, within = divmod(first, width)
         head = min(-within % width, len(values))
         rows = (len(values) - head) // width
@@ -42,6 +46,10 @@ class TokenNorms:
         if tail < len(values):
             squares[row + rows] += np.dot(values[tail:], values[tail:])
 
+    def of(self, name: str) -> np.ndarray:
+        """The norm of each row of a parameter, fp64 [rows]."""
+        return np.sqrt(self._squares[name])
+
     def means(self, old_rows: dict[str, int], read: bool) -> dict[str, dict[str, float | None]]:
         """By role, the mean norms of `old_keys`, `new_keys`, `old_values`, `new_values` over all layers.
 
@@ -53,13 +61,13 @@ class TokenNorms:
             None for what has no rows, or was not read.
         """
         norms: dict[str, dict[str, list[np.ndarray]]] = {role: {} for role in ROLES}
-        for name, squares in self._squares.items():
-            rows, kind = np.sqrt(squares), KINDS[name.rsplit(".", 1)[1]]
+        for name in self._squares:
+            rows, kind = self.of(name), KINDS[name.rsplit(".", 1)[1]]
             old = norms[role_of(name)].setdefault(f"old_{kind}", [])
             new = norms[role_of(name)].setdefault(f"new_{kind}", [])
             old += [rows[: old_rows[name]]] if read else []
             new.append(rows[old_rows[name] :])
-        return {role: {key: _mean(parts) for key, parts in each.items()} for role, each in norms.items()}
+        return {role: {key: mean(parts) for key, parts in each.items()} for role, each in norms.items()}
 
 
 class ShardReader:
@@ -102,6 +110,7 @@ def role_of(name: str) -> str:
     return part if part in ROLES else "qkv"
 
 
-def _mean(parts: list[np.ndarray]) -> float | None:
+def mean(parts: list[np.ndarray]) -> float | None:
+    """Of all elements; None if there are none."""
     rows = np.concatenate(parts) if parts else np.empty(0)
     return float(rows.mean()) if len(rows) else None

@@ -3,7 +3,7 @@
 The model of time, all of whose assumptions `ASSUMPTIONS` puts in words:
 
     stage     = executed operations / (tensor ranks x efficiency x peak) + tensor-parallel traffic + borders
-    step time = slowest stage x (micro-batches + stages - 1) + data-parallel traffic
+    step time = slowest stage x (micro-batches + stages - 1) + sums and gathers at the end of the step
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from megatron_tokenformer.config.memory import fullest_stage
+from megatron_tokenformer.config.memory import fullest_stage, resolved_precision
 from megatron_tokenformer.config.schema import RunConfig, Training, check_world
-from megatron_tokenformer.config.sizes import flops_per_token
+from megatron_tokenformer.config.sizes import flops_per_token, micro_batch_tokens
 from megatron_tokenformer.config.stages import bubble_share, slowest_share, stage_layers, stage_works
 from megatron_tokenformer.config.traffic import (
-    Transfer,
-    data_transfers,
-    pipeline_transfers,
-    tensor_transfers,
+    ACTIVATIONS,
+    GRADIENTS,
+    LOSS,
+    PIPELINE,
+    ROW_TOTALS,
+    TIED_EMBEDDING,
+    WEIGHTS,
+    Traffic,
+    sent,
+    stage_traffic,
 )
 from megatron_tokenformer.errors import UserError
 
@@ -29,6 +35,12 @@ USABLE = 0.9
 """share of a GPU's memory that is planned for"""
 LARGEST_MICRO_BATCH = 16_384
 """tokens; products get no faster beyond"""
+AMONG = {
+    "tensor": (ACTIVATIONS, ROW_TOTALS, LOSS),
+    "pipeline": (PIPELINE, TIED_EMBEDDING),
+    "data": (GRADIENTS, WEIGHTS),
+}
+"""which ranks exchange what, by purpose"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Estimate:
     memory: dict[str, int]
     """by kind, of a GPU of the stage that holds most"""
     sent: dict[str, float]
-    """by purpose, bytes that a GPU sends in a step, where it is most"""
+    """bytes that a GPU sends in a step to tensor, pipeline and data ranks, where it is most"""
     seconds: dict[str, float]
     """of a step, by what it goes to"""
 
@@ -162,34 +174,37 @@ def estimate(config: RunConfig, gpus: int, hardware: Hardware) -> Estimate:
         "data": hardware.speed(data_ranks, tensor),
         "pipeline": hardware.speed(stages, tensor * data_ranks),
     }
-    sent = {purpose: 0.0 for purpose in speeds}
+    most = {ranks: 0.0 for ranks in AMONG}
     slowest, at_the_end = {"computing": 0.0, "tensor": 0.0, "pipeline": 0.0}, 0.0
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    tokens = micro_batch_tokens(config)
     for stage, work in enumerate(stage_works(config)):
-        transfers = {
-            "tensor": tensor_transfers(config, stage, micro_batches),
-            "data": data_transfers(config, stage, data_ranks),
-            "pipeline": pipeline_transfers(config, stage, micro_batches),
-        }
-        waits = {purpose: _wait(transfers[purpose], speeds[purpose], hardware.latency) for purpose in speeds}
+        each, once = stage_traffic(config, resolved_precision(config), data_ranks, stage)
+        waits = {ranks: _wait(among(ranks, each), speeds[ranks], hardware.latency) for ranks in AMONG}
         here = {
             "computing": work * tokens / (tensor * hardware.efficiency * hardware.peak),
-            "tensor": waits["tensor"] / micro_batches,
-            "pipeline": waits["pipeline"] / micro_batches,
+            "tensor": waits["tensor"],
+            "pipeline": waits["pipeline"],
         }
         slowest = max(slowest, here, key=lambda parts: sum(parts.values()))
-        at_the_end = max(at_the_end, waits["data"])
-        for purpose, calls in transfers.items():
-            sent[purpose] = max(sent[purpose], sum(transfer.sent for transfer in calls))
-    seconds = {purpose: part * micro_batches for purpose, part in slowest.items()}
-    seconds |= {"bubble": sum(slowest.values()) * (stages - 1), "data": at_the_end}
+        end = sum(_wait(among(ranks, once), speeds[ranks], hardware.latency) for ranks in AMONG)
+        at_the_end = max(at_the_end, end)
+        for ranks in AMONG:
+            here_sent = micro_batches * sent(among(ranks, each)) + sent(among(ranks, once))
+            most[ranks] = max(most[ranks], here_sent)
+    seconds = {kind: part * micro_batches for kind, part in slowest.items()}
+    seconds |= {"bubble": sum(slowest.values()) * (stages - 1), "end of step": at_the_end}
     _, memory = fullest_stage(config, data_ranks, micro_batches)
-    return Estimate(config, gpus, data_ranks, micro_batches, memory, sent, seconds)
+    return Estimate(config, gpus, data_ranks, micro_batches, memory, most, seconds)
 
 
-def _wait(transfers: Iterable[Transfer], speed: float, latency: float) -> float:
-    """Seconds that these calls take in a step."""
-    return sum(transfer.sent / speed + transfer.calls * latency for transfer in transfers)
+def among(ranks: str, traffic: Iterable[Traffic]) -> list[Traffic]:
+    """That part of the traffic that is among `tensor`, `pipeline` or `data` ranks."""
+    return [one for one in traffic if one.purpose in AMONG[ranks] and one.ranks > 1]
+
+
+def _wait(traffic: Iterable[Traffic], speed: float, latency: float) -> float:
+    """Seconds that a rank sends; what it receives comes while another sends."""
+    return sum(one.sent / speed + one.calls * latency for one in traffic if one.kind != "receive")
 
 
 def best_layouts(config: RunConfig, gpus: int, hardware: Hardware, count: int = 3) -> list[Estimate]:

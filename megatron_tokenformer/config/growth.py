@@ -1,4 +1,4 @@
-"""How a model grows: what new tokens start as, what becomes of tau and the optimizer, what is no growth."""
+"""How a model grows or shrinks: what new tokens start as, what becomes of the optimizer, what is neither."""
 
 from __future__ import annotations
 
@@ -40,21 +40,26 @@ class Growth(Section):
         return self
 
 
+class Shrinking(Section):
+    """The rule of taking tokens away: those of least reach go, tau is kept."""
+
+    optimizer: Literal["carry", "reset"] = "carry"
+    """carry: rows that stay keep their Adam moments and the step count; reset: all start at zero"""
+
+
 def check_growth(before: Model, after: Model, growth: Growth) -> None:
     """Refuse what is not growth of tokens, or would change the function without being asked to.
 
     Raises:
         UserError: names the key and both values.
     """
-    for key in Model.model_fields:
-        old, new = getattr(before, key), getattr(after, key)
-        if key != "tokens" and old != new:
-            raise UserError(f"growth keeps model.{key}: it was {old}, the config has {new}; only tokens grow")
+    _keep_all_but_tokens(before, after, "growth")
     for key in Tokens.model_fields:
         old, new = getattr(before.tokens, key), getattr(after.tokens, key)
         if new < old:
             raise UserError(
-                f"growth takes no tokens away: model.tokens.{key} was {old}, the config has {new}"
+                f"growth takes no tokens away: model.tokens.{key} was {old}, the config has {new}; "
+                f"--shrink does, from roles that then may not grow"
             )
     if before.tokens == after.tokens:
         raise UserError(f"nothing grows: model.tokens stays {dict(before.tokens)}; give more of them")
@@ -63,6 +68,21 @@ def check_growth(before: Model, after: Model, growth: Growth) -> None:
             "under model.score_norm=softmax a new token has weight even with a zero key, so growth changes "
             "the function; allow_inexact accepts that, and the next stage tells the change of the loss"
         )
+
+
+def check_shrink(before: Model, after: Model) -> None:
+    """Refuse what is not taking tokens away.
+
+    Raises:
+        UserError: names the key and both values.
+    """
+    _keep_all_but_tokens(before, after, "shrinking")
+    for key in Tokens.model_fields:
+        old, new = getattr(before.tokens, key), getattr(after.tokens, key)
+        if new > old:
+            raise UserError(f"shrinking adds no tokens: model.tokens.{key} was {old}, the config has {new}")
+    if before.tokens == after.tokens:
+        raise UserError(f"nothing shrinks: model.tokens stays {dict(before.tokens)}; give fewer of them")
 
 
 def changes_of_function(model: Model, growth: Growth) -> list[str]:
@@ -78,3 +98,12 @@ def changes_of_function(model: Model, growth: Growth) -> list[str]:
         "tau=sqrt scales every weight anew": growth.tau == "sqrt",
     }
     return [reason for reason, holds in reasons.items() if holds]
+
+
+def _keep_all_but_tokens(before: Model, after: Model, what: str) -> None:
+    for key in Model.model_fields:
+        old, new = getattr(before, key), getattr(after, key)
+        if key != "tokens" and old != new:
+            raise UserError(
+                f"{what} keeps model.{key}: it was {old}, the config has {new}; only tokens change"
+            )

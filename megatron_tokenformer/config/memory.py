@@ -6,20 +6,15 @@ Weights and optimizer are what DeepSpeed 0.19.8 allocates under ZeRO-1; activati
 
 from __future__ import annotations
 
-import math
-
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.config.sizes import pattention_tokens
+from megatron_tokenformer.config.sizes import (
+    CHUNK_SCORES,
+    chunk_rows,
+    micro_batch_tokens,
+    pattention_tokens,
+)
 from megatron_tokenformer.config.stages import stage_layers
-
-ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
-"""bytes of a weight or an activation"""
-
-SCORE = {"bf16": 10, "fp16": 10, "fp32": 12}
-"""bytes that a layer keeps of a score: itself, what is squared in fp32, what GELU is taken of, its weight"""
-
-SCORE_AT_WORK = 8
-"""bytes more of a score of the widest Pattention while its backward is at work, in all precisions"""
+from megatron_tokenformer.config.traffic import ELEMENT, FP32, padded_parameters, stage_parameters
 
 REDUCE_BUCKET = 50_000_000
 """elements of the buffer that gradients are reduced in without bf16; DeepSpeed's `reduce_bucket_size`"""
@@ -28,19 +23,6 @@ REDUCE_BUCKET = 50_000_000
 def resolved_precision(config: RunConfig) -> str:
     """The precision on a GPU: `auto` is bf16 there."""
     return "bf16" if config.training.precision == "auto" else config.training.precision
-
-
-def stage_parameters(config: RunConfig, stage: int) -> int:
-    """Numbers that a rank of this stage holds; the first and the last have the embedding, also the head."""
-    model, tensor, last = config.model, config.parallel.tensor, config.parallel.pipeline - 1
-    tokens = stage_layers(config)[stage] * pattention_tokens(model) // tensor
-    embedding = model.vocab_size // tensor if stage in (0, last) else 0
-    return (2 * tokens + embedding + 2 * (stage == last)) * model.hidden_size
-
-
-def padded_parameters(config: RunConfig, stage: int, data_ranks: int) -> int:
-    """The same as ZeRO lays them out: filled up so that the ranks' parts are equal and begin aligned."""
-    return math.ceil(stage_parameters(config, stage) / (2 * data_ranks)) * 2 * data_ranks
 
 
 def model_states(config: RunConfig, stage: int, data_ranks: int) -> dict[str, int]:
@@ -55,9 +37,8 @@ def model_states(config: RunConfig, stage: int, data_ranks: int) -> dict[str, in
     part = padded // data_ranks
     states = {"weights": element * padded, "master weights": 4 * part, "moments": 8 * part}
     if precision == "bf16":
-        # Either one gradient widened to be added, or all of them narrowed to be summed over data ranks.
-        buffers = max(4 * _largest_parameter(config), 2 * padded)
-        return states | {"gradients": 2 * numbers + 4 * padded, "buffers": buffers}
+        # One gradient is widened at a time, to be added.
+        return states | {"gradients": 2 * numbers + 4 * padded, "buffers": 4 * _largest_parameter(config)}
     return states | {"gradients": element * numbers, "buffers": element * REDUCE_BUCKET + 4 * part}
 
 
@@ -68,20 +49,20 @@ def layer_activations(config: RunConfig, recompute: str) -> int:
         recompute: `none`, `scores` (nothing kept depends on the number of parameter tokens) or `layer`.
     """
     model, tensor = config.model, config.parallel.tensor
-    element = ELEMENT[resolved_precision(config)]
-    tokens = _tokens(config)
+    element, tokens = ELEMENT[resolved_precision(config)], micro_batch_tokens(config)
     outside = element * model.hidden_size * _tokens_between(config)  # one activation between Pattentions
     inside = element * model.hidden_size * tokens
     if recompute == "layer":
         return outside
     # What both layer norms and the three inputs of Pattentions (q, k and v share one) are computed from.
     kept = 2 * outside + 3 * inside
-    # Of attention q and k rotated, its output, and v, which lies in one block with q and k unrotated.
-    kept += 6 * inside // tensor + 4 * tokens * model.attention_heads // tensor
-    # Of each row of scores the total, the scale, and whether there is one; of both norms mean and deviation.
-    kept += tokens * 5 * (4 + element + 1) + 2 * 2 * element * _tokens_between(config)
+    # Of attention q and k rotated, v and its output; over ranks v is in one block with q and k as they were.
+    kept += (6 if tensor > 1 else 4) * inside // tensor + FP32 * tokens * model.attention_heads // tensor
+    # Of each row of scores its stats; of both norms mean and deviation.
+    stats = 2 if model.score_norm == "softmax" else 1
+    kept += FP32 * 5 * stats * tokens + 2 * 2 * element * _tokens_between(config)
     if recompute == "none":
-        kept += SCORE[resolved_precision(config)] * tokens * pattention_tokens(model) // tensor
+        kept += element * tokens * pattention_tokens(model) // tensor
     return kept
 
 
@@ -98,7 +79,7 @@ def activations(config: RunConfig, stage: int, micro_batches: int) -> dict[str, 
     layers = stage_layers(config)[stage]
     found = {
         "activations": under_way * layers * layer_activations(config, recompute),
-        "backward at work": (layers > 0) * backward_at_work(config),
+        "backward at work": (layers > 0) * backward_at_work(config, recompute),
     }
     if recompute == "layer":
         found["recomputed layer"] = (layers > 0) * layer_activations(config, "none")
@@ -110,10 +91,35 @@ def activations(config: RunConfig, stage: int, micro_batches: int) -> dict[str, 
     return found
 
 
-def backward_at_work(config: RunConfig) -> int:
-    """Bytes of gradients on their way through a layer where they are most: in its widest Pattention."""
-    widest = max(config.model.tokens.model_dump().values())
-    return SCORE_AT_WORK * _tokens(config) * widest // config.parallel.tensor
+def backward_at_work(config: RunConfig, recompute: str, chunk_scores: int = CHUNK_SCORES) -> int:
+    """Bytes in a layer's backward pass beside what was kept, in the Pattentions of one input that take most.
+
+    Less than this, if those are not the FFN's: what was kept of the FFN is free before the others' turn.
+
+    Args:
+        recompute: as in `layer_activations`.
+        chunk_scores: the most scores of one projection at a time, with `scores`.
+    """
+    model, tokens, tensor = config.model, config.model.tokens, config.parallel.tensor
+    element, rows = ELEMENT[resolved_precision(config)], micro_batch_tokens(config)
+
+    def at_work(projections: int, n: int) -> int:
+        chunk = min(rows, chunk_rows(n, chunk_scores)) if recompute == "scores" else rows
+        # Of a score its gradient, its weight, and with `scores` itself.
+        parts = 3 if recompute == "scores" else 2
+        numbers = 2 * projections * n * model.hidden_size  # of K and V, whose gradients are on their way
+        gradients = element * numbers
+        if chunk < rows:
+            # They are summed over chunks, those of one chunk, in 16 bits, coming one by one.
+            gradients = FP32 * numbers + (element * n * model.hidden_size if element < FP32 else 0)
+        elif tensor > 1:
+            parts += (parts - 1) * (projections - 1)  # all of one input wait for one sum over ranks
+        return element * parts * chunk * n + gradients
+
+    # The output, its gradient, and that of the input.
+    wide = 3 * element * rows * model.hidden_size
+    sizes = ((3, tokens.qkv), (1, tokens.output), (1, tokens.ffn))
+    return wide + max(at_work(projections, n // tensor) for projections, n in sizes)
 
 
 def logits(config: RunConfig) -> int:
@@ -124,7 +130,7 @@ def logits(config: RunConfig) -> int:
     element = ELEMENT[resolved_precision(config)]
     each = 4 if element == 4 else element + 4 + element
     vocabulary = config.model.vocab_size // config.parallel.tensor
-    return _tokens(config) * (each * vocabulary + 2 * element * config.model.hidden_size)
+    return micro_batch_tokens(config) * (each * vocabulary + 2 * element * config.model.hidden_size)
 
 
 def memory(config: RunConfig, stage: int, data_ranks: int, micro_batches: int) -> dict[str, int]:
@@ -140,14 +146,9 @@ def fullest_stage(config: RunConfig, data_ranks: int, micro_batches: int) -> tup
     return max(by_stage.items(), key=lambda found: sum(found[1].values()))
 
 
-def _tokens(config: RunConfig) -> int:
-    """Tokens of a micro-batch."""
-    return config.training.micro_batch_size * config.data.sequence_length
-
-
 def _tokens_between(config: RunConfig) -> int:
     """Those that a rank has between Pattentions: its part of them under sequence parallelism."""
-    return _tokens(config) // (config.parallel.tensor if config.parallel.sequence else 1)
+    return micro_batch_tokens(config) // (config.parallel.tensor if config.parallel.sequence else 1)
 
 
 def _largest_parameter(config: RunConfig) -> int:

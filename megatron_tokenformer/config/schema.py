@@ -166,8 +166,9 @@ class Training(Section):
     """auto: bf16 on a GPU, fp32 without one"""
     seed: int = Field(1234, ge=0)
     """of the initial weights and of the order of the samples"""
-    recompute: Literal["none", "layer"] = "none"
-    """what the backward pass computes again instead of keeping it"""
+    recompute: Literal["none", "scores", "layer"] = "none"
+    """what the backward pass computes again instead of keeping it: scores, the widest tensors, for one matrix
+    product of six more, after which nothing that a layer keeps grows with its tokens; or whole layers"""
     eval_interval: int = Field(1000, ge=0)
     """steps between evaluations; 0: only at the start and the end"""
     eval_steps: int = Field(10, ge=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_tokenformer.config.schema import Model
+from megatron_tokenformer.config.schema import Model, RunConfig
 
 # Dense peaks in TFLOP/s of 16-bit products summed in fp32, from the makers' data sheets, by the whole name
 # that torch.cuda.get_device_name() prints.  A device whose figure is not certain is left out, and so are
@@ -30,6 +30,10 @@ _PEAKS = {
 # Without bf16 in hardware.
 _FP16_PEAKS = {r"Tesla V100-SXM2-\d\dGB": 125, r"Tesla V100-PCIE-\d\dGB": 112}
 
+CHUNK_SCORES = 1 << 26
+"""Scores of one projection in a chunk, with training.recompute=scores (`model/pattend.py`): 128 MiB of each
+tensor in bf16, and still large products."""
+
 FORMULA = "3 x (layers x (4 d (3 n_qkv + n_output + n_ffn) + 2 s d) + 2 d v)"
 """operations per token: width d, n tokens of each Pattention, sequence length s, vocabulary v"""
 
@@ -37,6 +41,19 @@ FORMULA = "3 x (layers x (4 d (3 n_qkv + n_output + n_ffn) + 2 s d) + 2 d v)"
 def pattention_tokens(model: Model) -> int:
     """Parameter tokens of one layer, each counted once per projection that has it."""
     return 3 * model.tokens.qkv + model.tokens.output + model.tokens.ffn
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Tokens of a micro-batch."""
+    return config.training.micro_batch_size * config.data.sequence_length
+
+
+def chunk_rows(tokens: int, chunk_scores: int = CHUNK_SCORES) -> int:
+    """Rows of a chunk with so many scores each, with training.recompute=scores.
+
+    A multiple of 128, which products like.
+    """
+    return max(chunk_scores // tokens // 128, 1) * 128
 
 
 def parameter_count(model: Model) -> int:
@@ -65,12 +82,12 @@ def flops_per_token(model: Model, sequence_length: int) -> int:
 
 
 def device_peak(device_name: str, precision: str = "bf16") -> float | None:
-    """A device's dense peak in FLOP/s in bf16 or fp16, or None when it is not known.
+    """A device's dense peak in FLOP/s in bf16 or fp16, or None when it is not known, as of any in fp32.
 
     Args:
         device_name: as torch.cuda.get_device_name() prints it.
     """
-    peaks = _PEAKS | _FP16_PEAKS if precision == "fp16" else _PEAKS
+    peaks = {"bf16": _PEAKS, "fp16": _PEAKS | _FP16_PEAKS}.get(precision, {})
     known = (peak for names, peak in peaks.items() if re.fullmatch(names, device_name))
     peak = next(known, None)
     return None if peak is None else peak * 1e12

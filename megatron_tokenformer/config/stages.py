@@ -10,8 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from megatron_tokenformer.config.schema import Model, RunConfig
-from megatron_tokenformer.config.sizes import head_forward_flops, layer_forward_flops, pattention_tokens
+from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.config.sizes import (
+    chunk_rows,
+    head_forward_flops,
+    layer_forward_flops,
+    micro_batch_tokens,
+)
 
 BEFORE_LAYERS = 1
 """pipeline layers before the first Tokenformer layer: the embedding"""
@@ -19,19 +24,34 @@ AFTER_LAYERS = 3
 """and after the last: positions are dropped, final norm, head (`model/pipeline.py`)"""
 
 
-def layer_work(model: Model, sequence_length: int, recompute: str) -> int:
+def layer_work(config: RunConfig) -> int:
     """Operations that one layer carries out for one token in a step, recomputed ones included."""
-    forward = layer_forward_flops(model, sequence_length)
-    again = {"none": 0, "scores": 2 * model.hidden_size * pattention_tokens(model), "layer": forward}
+    model, recompute = config.model, config.training.recompute
+    forward = layer_forward_flops(model, config.data.sequence_length)
+    again = {"none": 0, "scores": 2 * model.hidden_size * _scores_made_again(config), "layer": forward}
     return 3 * forward + again[recompute]
+
+
+def _scores_made_again(config: RunConfig) -> int:
+    """Of a token and layer with training.recompute=scores: products of X with K, or of dY with V, done twice.
+
+    One, and three more where chunks wait for the sum over tensor-parallel ranks (`model/pattend.py`).
+    """
+    tensor, rows = config.parallel.tensor, micro_batch_tokens(config)
+    sizes = config.model.tokens
+    return sum(
+        projections * n * (4 if tensor > 1 and rows > chunk_rows(n // tensor) else 1)
+        for projections, n in ((3, sizes.qkv), (1, sizes.output), (1, sizes.ffn))
+    )
 
 
 def pipeline_work(config: RunConfig) -> tuple[int, ...]:
     """Operations per token in a step of every layer of the pipeline, from the embedding to the head."""
     model = config.model
-    layer = layer_work(model, config.data.sequence_length, config.training.recompute)
     ends = (0,) * (AFTER_LAYERS - 1)
-    return (0,) * BEFORE_LAYERS + (layer,) * model.layers + ends + (3 * head_forward_flops(model),)
+    return (
+        (0,) * BEFORE_LAYERS + (layer_work(config),) * model.layers + ends + (3 * head_forward_flops(model),)
+    )
 
 
 def stage_bounds(config: RunConfig) -> tuple[int, ...]:

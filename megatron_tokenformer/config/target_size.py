@@ -1,4 +1,4 @@
-"""How large a grown model shall be: as token counts by role, or as a number of parameters."""
+"""How large a grown or shrunk model shall be: as token counts by role, or as a number of parameters."""
 
 from __future__ import annotations
 
@@ -50,29 +50,31 @@ def parse_count(text: str) -> int:
     return int(Fraction(match[1]) * _FACTORS[match[2].upper()])
 
 
-def tokens_for(before: Model, parameters: int) -> Tokens:
+def tokens_for(before: Model, parameters: int, shrink: bool = False) -> Tokens:
     """Tokens with which the model has about this many parameters, in the proportions that they have now.
 
     The role with the fewest tokens gets the nearest multiple of 32, the others follow it, each to the nearest
-    multiple of 32, and none loses tokens.
+    multiple of 32, and none loses tokens; or with `shrink` at least 32, and none gains any.
 
     Raises:
-        UserError: the model would not be larger than it is.
+        UserError: the model would not be larger than it is, or with `shrink` smaller.
     """
     now = parameter_count(before)
     counts = before.tokens.model_dump()
     fewest = min(counts.values())
     fixed = now - sum(_parameters_per_token(before)[role] * count for role, count in counts.items())
     scale = Fraction(max(parameters - fixed, 0), now - fixed)
-    chosen = _to_multiple(scale * fewest)
-    tokens = {
-        role: max(count, _to_multiple(Fraction(chosen * count, fewest))) for role, count in counts.items()
-    }
+    least, limit = (MULTIPLE, min) if shrink else (0, max)
+    share = Fraction(max(least, _to_multiple(scale * fewest)), fewest)
+    if shrink and share >= 1:  # a role of so few tokens cannot lead: each goes its own way
+        share = scale
+    tokens = {role: limit(count, max(least, _to_multiple(share * count))) for role, count in counts.items()}
     after = before.model_copy(update={"tokens": Tokens(**tokens)})
-    if parameters <= now or parameter_count(after) <= now:
+    size, what = parameter_count(after), "shrinking" if shrink else "growth"
+    if (parameters >= now or size >= now) if shrink else (parameters <= now or size <= now):
         raise UserError(
-            f"--target-params {parameters:,} is no growth: the checkpoint's model has {now:,} parameters, "
-            f"and with the nearest multiples of {MULTIPLE} tokens it would have {parameter_count(after):,}"
+            f"--target-params {parameters:,} is no {what}: the checkpoint's model has {now:,} parameters, "
+            f"and with the nearest multiples of {MULTIPLE} tokens it would have {size:,}"
         )
     return after.tokens
 

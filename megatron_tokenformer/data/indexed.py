@@ -11,6 +11,7 @@ import mmap
 import os
 import tempfile
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ import numpy as np
 from megatron_tokenformer.data.index_layout import CODES, HEADER, MAGIC, PART, document_lengths, parts
 from megatron_tokenformer.data.pair import open_pair, pair_paths
 from megatron_tokenformer.data.sidecar import discard_sidecar, publish_sidecar
+from megatron_tokenformer.durable import sync_folder
 from megatron_tokenformer.errors import UserError
 
 
@@ -273,12 +275,12 @@ def publish_pair(prefix: str) -> None:
         for old in (f"{prefix}.json", idx_path):
             if os.path.exists(old):
                 os.remove(old)
-                _sync_folder(idx_path)
+                sync_folder(Path(idx_path).parent)
         os.replace(f"{bin_path}.tmp", bin_path)
     if os.path.exists(f"{idx_path}.tmp"):
         os.replace(f"{idx_path}.tmp", idx_path)
     publish_sidecar(prefix)
-    _sync_folder(idx_path)
+    sync_folder(Path(idx_path).parent)
 
 
 def _map_tokens(path: str, dtype: np.dtype) -> np.ndarray:
@@ -309,11 +311,3 @@ def _write_range(file: BinaryIO, count: int) -> None:
     """Write 0, 1, 2, ... as i64: the boundaries of documents of one sequence each."""
     for start, size in parts(count, PART):
         file.write(np.arange(start, start + size, dtype=np.int64).data)
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -8,12 +8,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_tokenformer.data.indexed import TokenFileWriter, publish_pair
 from megatron_tokenformer.data.sidecar import read_sidecar
+from megatron_tokenformer.durable import write_durably
 from megatron_tokenformer.errors import UserError
 
 _VERSION = 1
@@ -145,10 +147,7 @@ class Journal:
     def write(self, done: Done) -> None:
         """Replace the file durably; the outputs must be durable already."""
         content = {"version": _VERSION, "settings": self._settings, "done": asdict(done)}
-        with open(f"{self.path}.tmp", "w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(Path(f"{self.path}.tmp"), json.dumps(content))
         os.replace(f"{self.path}.tmp", self.path)
         self._written = time.monotonic()
 

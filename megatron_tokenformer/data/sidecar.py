@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from megatron_tokenformer.durable import write_durably
 from megatron_tokenformer.errors import UserError
 
 
@@ -74,11 +76,7 @@ def write_sidecar(prefix: str, content: dict[str, Any]) -> None:
     """Write a description durably under a temporary name, to be there before the pair gets its own."""
     temporary = f"{sidecar_path(prefix)}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(Path(temporary), json.dumps(content, indent=2) + "\n")
     except BaseException:
         discard_sidecar(prefix)
         raise

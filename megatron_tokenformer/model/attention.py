@@ -16,21 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_tokenformer.config.schema import Model
-from megatron_tokenformer.model.pattention import Pattention, normalised_scores
+from megatron_tokenformer.model.pattention import Pattention, partials
 from megatron_tokenformer.parallel.collectives import TensorParallel, gather_from_ranks, scatter_sum
 
 
 class Attention(nn.Module):
     """Multi-head causal attention, [s, b, d] to this rank's part of [s, b, d]."""
 
-    def __init__(self, model: Model, ranks: TensorParallel) -> None:
+    def __init__(self, model: Model, ranks: TensorParallel, recompute_scores: bool = False) -> None:
         super().__init__()
         d, tokens = model.hidden_size, model.tokens
         self.ranks, self.head_size, self.rotary_size = ranks, model.head_size, model.rotary_size
-        self.query = Pattention(d, d, tokens.qkv, model.score_norm, ranks)
-        self.key = Pattention(d, d, tokens.qkv, model.score_norm, ranks)
-        self.value = Pattention(d, d, tokens.qkv, model.score_norm, ranks)
-        self.output = Pattention(d, d, tokens.output, model.score_norm, ranks)
+
+        def projection(n: int) -> Pattention:
+            return Pattention(d, d, n, model.score_norm, ranks, recompute_scores)
+
+        self.query, self.key, self.value = (projection(tokens.qkv) for _ in range(3))
+        self.output = projection(tokens.output)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Attend to earlier positions: all of them, or with `positions` [b, s] those of the same document."""
@@ -43,14 +45,10 @@ class Attention(nn.Module):
 
     def _project_onto_local_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of this rank's heads, [b, h/p, s, c] each: one sum of totals, one scatter for the three."""
-        projections = (self.query, self.key, self.value)
-        weights = normalised_scores(
-            [p.scores(x) for p in projections], [p.tau for p in projections], self.query.kind, self.ranks
-        )
-        partial = torch.stack([w @ p.value_tokens for w, p in zip(weights, projections)], dim=2)
-        local = scatter_sum(partial, self.ranks, dim=-1)  # [s, b, 3, d] -> [s, b, 3, d/p]
-        heads = local.unflatten(-1, (-1, self.head_size)).permute(2, 1, 3, 0, 4)
-        query, key, value = heads.unbind(0)
+        parts = partials(x, (self.query, self.key, self.value))
+        if self.ranks.size > 1:
+            parts = scatter_sum(torch.stack(parts, dim=2), self.ranks, dim=-1).unbind(2)  # [s, b, 3, d/p]
+        query, key, value = (part.unflatten(-1, (-1, self.head_size)).permute(1, 2, 0, 3) for part in parts)
         return query, key, value
 
 

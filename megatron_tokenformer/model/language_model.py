@@ -31,10 +31,14 @@ class LanguageModel(nn.Module):
         self.final_norm = FinalNorm(model, ranks)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        return self.embedding.logits(self.hidden(tokens, positions))
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the head takes, [s, b, d] (under sequence parallelism this rank's positions of it)."""
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, positions)
-        return self.embedding.logits(self.final_norm(x))
+        return self.final_norm(x)
 
 
 def canonical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

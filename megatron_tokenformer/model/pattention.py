@@ -16,28 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tokenformer.config.schema import ScoreNorm
-from megatron_tokenformer.kernels import score_norm
+from megatron_tokenformer.model.pattend import pattend
 from megatron_tokenformer.parallel.collectives import (
     TensorParallel,
     copy_to_ranks,
-    max_over_ranks,
     sum_from_ranks,
-    sum_over_ranks,
 )
-
-
-def normalised_scores(
-    scores: Sequence[Tensor], taus: Sequence[float], kind: ScoreNorm, ranks: TensorParallel
-) -> list[Tensor]:
-    """S of several score tensors, [..., n_i / ranks] each, with one reduction for all of them."""
-    maxima: Sequence[Tensor | None] = [None] * len(scores)
-    if kind == "softmax":
-        local = torch.cat([a.amax(dim=-1, keepdim=True) for a in scores], dim=-1)
-        maxima = max_over_ranks(local, ranks).split(1, dim=-1)
-    numerators = [score_norm.numerators(a, kind, m) for a, m in zip(scores, maxima)]
-    local_totals = torch.cat([score_norm.row_totals(a, kind) for a in numerators], dim=-1)
-    totals = sum_over_ranks(local_totals, ranks).split(1, dim=-1)
-    return [score_norm.weights(a, t, tau, kind) for a, t, tau in zip(numerators, totals, taus)]
 
 
 class Pattention(nn.Module):
@@ -49,6 +33,7 @@ class Pattention(nn.Module):
         tokens: n, the parameter tokens; divisible by the tensor-parallel size.
         score_norm: how scores become weights.
         ranks: the ranks that the tokens are split over; by default the layer is whole.
+        recompute_scores: compute the scores again in the backward pass instead of keeping them.
 
     `tau` is a plain number that starts at sqrt(n) and is set from outside when a model has grown: it
     belongs to the function that the model computes, not to the present number of tokens.
@@ -61,11 +46,13 @@ class Pattention(nn.Module):
         tokens: int,
         score_norm: ScoreNorm = "l2_norm_gelu",
         ranks: TensorParallel = TensorParallel(),
+        recompute_scores: bool = False,
     ) -> None:
         super().__init__()
         if tokens % ranks.size:
             raise ValueError(f"{tokens} parameter tokens cannot be split over {ranks.size} ranks")
         self.tokens, self.kind, self.ranks = tokens, score_norm, ranks
+        self.recompute_scores = recompute_scores
         self.tau = math.sqrt(tokens)
         local = len(ranks.rows(tokens))
         self.key_tokens = nn.Parameter(torch.empty(local, d_in))
@@ -77,14 +64,9 @@ class Pattention(nn.Module):
         nn.init.normal_(self.key_tokens, std=key_std)
         nn.init.normal_(self.value_tokens, std=value_std)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """A = X K^T over this rank's tokens: [..., d_in] to [..., n / ranks]."""
-        return x @ self.key_tokens.t()
-
     def partial(self, x: Tensor) -> Tensor:
         """This rank's part of the output, [..., d_out]; the output is the sum over ranks."""
-        (weights,) = normalised_scores([self.scores(x)], [self.tau], self.kind, self.ranks)
-        return weights @ self.value_tokens
+        return partials(x, [self])[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] to [..., d_out], the same on every rank."""
@@ -100,3 +82,17 @@ class Pattention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tokens={self.tokens}, score_norm={self.kind}, tau={self.tau:g}"
+
+
+def partials(x: Tensor, layers: Sequence[Pattention]) -> list[Tensor]:
+    """This rank's part of the output of each of several alike layers of one input, with one sum of totals."""
+    first = layers[0]
+    return pattend(
+        x,
+        [layer.key_tokens for layer in layers],
+        [layer.value_tokens for layer in layers],
+        [layer.tau for layer in layers],
+        first.kind,
+        first.ranks,
+        first.recompute_scores,
+    )

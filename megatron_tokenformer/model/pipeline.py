@@ -23,9 +23,9 @@ Carried = Tensor | tuple[Tensor, Tensor]
 class PipelineLayer(nn.Module):
     """A TokenformerLayer that hands on the positions, if there are any, with its activations."""
 
-    def __init__(self, model: Model, ranks: TensorParallel, index: int) -> None:
+    def __init__(self, model: Model, ranks: TensorParallel, index: int, recompute_scores: bool) -> None:
         super().__init__()
-        self.layer = TokenformerLayer(model, ranks, index)
+        self.layer = TokenformerLayer(model, ranks, index, recompute_scores)
 
     def forward(self, carried: Carried) -> Carried:
         x, positions = carried if isinstance(carried, tuple) else (carried, None)
@@ -48,11 +48,16 @@ def without_positions(carried: Carried) -> Tensor:
     return carried[0] if isinstance(carried, tuple) else carried
 
 
-def pipeline_layers(model: Model, ranks: TensorParallel) -> list[LayerSpec | Callable[[Carried], Tensor]]:
-    """The same model as layers for a PipelineModule; embedding and head are one tied weight."""
+def pipeline_layers(
+    model: Model, ranks: TensorParallel, recompute_scores: bool = False
+) -> list[LayerSpec | Callable[[Carried], Tensor]]:
+    """The same model as layers for a PipelineModule; embedding and head are one tied weight.
+
+    With `recompute_scores` the backward pass computes the Pattentions' scores again instead of keeping them.
+    """
     return [
         TiedLayerSpec("embedding", Embedding, model, ranks, forward_fn=embed),
-        *(LayerSpec(PipelineLayer, model, ranks, i) for i in range(model.layers)),
+        *(LayerSpec(PipelineLayer, model, ranks, i, recompute_scores) for i in range(model.layers)),
         without_positions,
         LayerSpec(FinalNorm, model, ranks),
         TiedLayerSpec("embedding", Embedding, model, ranks, forward_fn=Embedding.logits),

@@ -35,12 +35,15 @@ def leave_split(partial: Tensor, ranks: TensorParallel) -> Tensor:
 class TokenformerLayer(nn.Module):
     """x + Attention(LN(x)), then x + Pattention(LN(x)); the norms have no parameters."""
 
-    def __init__(self, model: Model, ranks: TensorParallel, index: int) -> None:
+    def __init__(
+        self, model: Model, ranks: TensorParallel, index: int, recompute_scores: bool = False
+    ) -> None:
         super().__init__()
         self.canonical_name = f"layers.{index}"
         self.ranks, self.width, self.eps = ranks, (model.hidden_size,), model.layer_norm_eps
-        self.attention = Attention(model, ranks)
-        self.ffn = Pattention(model.hidden_size, model.hidden_size, model.tokens.ffn, model.score_norm, ranks)
+        self.attention = Attention(model, ranks, recompute_scores)
+        d, tokens = model.hidden_size, model.tokens
+        self.ffn = Pattention(d, d, tokens.ffn, model.score_norm, ranks, recompute_scores)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         x = x + leave_split(self.attention(enter_split(self._norm(x), self.ranks), positions), self.ranks)
@@ -93,6 +96,6 @@ class FinalNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gain, bias = 1.0 + self.gain_minus_one, self.bias
-        if self.ranks.sequence:  # each rank sees some positions: the gradients of all are summed
-            gain, bias = copy_to_ranks(gain, self.ranks), copy_to_ranks(bias, self.ranks)
+        if self.ranks.sequence:  # each rank sees some positions: the gradients of all are summed, in one call
+            gain, bias = copy_to_ranks(torch.stack((gain, bias)), self.ranks).unbind()
         return F.layer_norm(x, gain.shape, gain, bias, self.eps)

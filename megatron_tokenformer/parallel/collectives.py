@@ -18,13 +18,17 @@ non-contiguous input unreduced (0.16.1).  With one rank every function here retu
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+
+from megatron_tokenformer.config.traffic import ACTIVATIONS, ROW_TOTALS
 
 
 @dataclass(frozen=True)
@@ -69,30 +73,63 @@ def scatter_sum(x: Tensor, ranks: TensorParallel, dim: int) -> Tensor:
 
 def max_over_ranks(x: Tensor, ranks: TensorParallel) -> Tensor:
     """The largest of the ranks' values; not differentiable."""
-    x = x.detach().clone()
+    x = x.detach().clone(memory_format=torch.contiguous_format)
     if ranks.size > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=ranks.group)
+        with _Purpose(ROW_TOTALS):
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=ranks.group)
     return x
 
 
-def _all_reduce(x: Tensor, ranks: TensorParallel) -> Tensor:
+_call = threading.local()
+
+
+def purpose_of_this_call() -> str | None:
+    """What the collective that this thread is calling is for, if it is one of ours; for `traffic.py`."""
+    return getattr(_call, "purpose", None)
+
+
+class _Purpose:
+    """Say what the collective inside is for.  Not `contextlib`'s, which takes three times as long."""
+
+    def __init__(self, purpose: str) -> None:
+        self.purpose = purpose
+
+    def __enter__(self) -> None:
+        _call.purpose = self.purpose
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _call.purpose = None
+
+
+def _all_reduce(x: Tensor, ranks: TensorParallel, purpose: str = ACTIVATIONS) -> Tensor:
+    # A copy, as c10d reduces in place: a gradient may be shared with the residual branch beside.
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=ranks.group)
+    with _Purpose(purpose):
+        dist.all_reduce(total, group=ranks.group)
     return total
 
 
+# The ranks' slices lie one after another in what c10d gathers and scatters, so along any other dimension than
+# the first they are moved there as blocks: one copy, of rows that stay together, where there must be one.
+
+
 def _all_gather(x: Tensor, ranks: TensorParallel, dim: int) -> Tensor:
-    mine = x.movedim(dim, 0).contiguous()
-    whole = mine.new_empty(ranks.size * mine.shape[0], *mine.shape[1:])
-    dist.all_gather_into_tensor(whole, mine, group=ranks.group)
-    return whole.movedim(0, dim).contiguous()
+    dim %= x.dim()
+    slices = x.new_empty(ranks.size, *x.shape)
+    with _Purpose(ACTIVATIONS):
+        dist.all_gather_into_tensor(slices.flatten(0, 1), x.contiguous(), group=ranks.group)
+    return slices.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _reduce_scatter(x: Tensor, ranks: TensorParallel, dim: int) -> Tensor:
-    parts = x.movedim(dim, 0).contiguous()
-    mine = parts.new_empty(parts.shape[0] // ranks.size, *parts.shape[1:])
-    dist.reduce_scatter_tensor(mine, parts, group=ranks.group)
-    return mine.movedim(0, dim).contiguous()
+    dim %= x.dim()
+    slices = x.unflatten(dim, (ranks.size, -1)).movedim(dim, 0).contiguous()
+    mine = torch.empty_like(slices[0])
+    with _Purpose(ACTIVATIONS):
+        dist.reduce_scatter_tensor(mine, slices.flatten(0, 1), group=ranks.group)
+    return mine
 
 
 class _Copy(Function):
@@ -110,11 +147,11 @@ class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: TensorParallel, sum_gradients: bool) -> Tensor:
         ctx.ranks, ctx.sum_gradients = ranks, sum_gradients
-        return _all_reduce(x, ranks)
+        return _all_reduce(x, ranks, ROW_TOTALS if sum_gradients else ACTIVATIONS)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_reduce(grad, ctx.ranks) if ctx.sum_gradients else grad, None, None
+        return _all_reduce(grad, ctx.ranks, ROW_TOTALS) if ctx.sum_gradients else grad, None, None
 
 
 class _Gather(Function):

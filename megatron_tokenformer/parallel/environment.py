@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.errors import UserError
 
 # What each launcher calls (rank, local rank, world size); the first one found is believed.
@@ -62,6 +63,17 @@ def find_processes(environment: Mapping[str, str] = os.environ) -> Processes:
             raise UserError(f"{launcher} set {names[0]} but not {missing}; export where rank 0 listens")
         return Processes(launcher, rank, local_rank, world_size, address, port)
     return Processes("no launcher", 0, 0, 1, "127.0.0.1", _port(environment))
+
+
+def set_device_variables(parallel: Parallel) -> None:
+    """Set what CUDA reads once, when it starts, and so must be there before torch is imported.
+
+    What the user has set stays.  docs/parallelism.md says which variables are left alone, and why.
+    """
+    if parallel.tensor > 1:
+        # One hardware queue, so that kernels start in the order of their launch: a reduction that is launched
+        # before the product beside it gets its few processors, and does not wait for the product to end.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _first_host(nodes: str) -> str | None:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tokenformer.checkpoint.store import replace_durably
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError
 
 JOURNAL = "journal.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tokenformer.checkpoint.store import replace_durably
 from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
 from megatron_tokenformer.progressive.plot import PLOT, plot_losses

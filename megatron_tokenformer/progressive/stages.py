@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tokenformer.checkpoint.store import find_checkpoint, replace_durably
+from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.load import dump_config
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.progressive.execute import Interrupted, execute
 from megatron_tokenformer.progressive.journal import Journal, Step

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.config.load import dump_config
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.config.stages import describe_pipeline
 from megatron_tokenformer.data.batches import SourceInfo
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.training.metrics import FINISHED
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
         return
     config, progress = run.config, run.progress
     (Path(config.run_dir) / FINISHED).unlink(missing_ok=True)
-    store.replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
+    replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
     tokens = config.model.tokens
     run.log.say(
         f"{parameter_count(config.model):,} parameters ({tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per "

@@ -15,11 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from megatron_tokenformer.checkpoint import store
+from megatron_tokenformer.checkpoint.manifest import read_json
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout, from_main_rank
 
 NEXT_LOSS = "next-loss.json"
+NEXT_LOSS_BYTES = 64_000_000
+"""more than any takes, with the prefixes of a large blend"""
 # Relative.  In fp32 layouts differ by 1e-6, in bf16 by up to 2e-2; another batch or damaged weights by more.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 
@@ -88,7 +92,7 @@ class Continuity:
                 # Without it a load is not checked, which is no reason to end a run; and the checkpoint may be
                 # the one that is deleted in this moment.
                 with suppress(OSError):
-                    store.replace_durably(path / NEXT_LOSS, json.dumps(self._unwritten[step]) + "\n")
+                    replace_durably(path / NEXT_LOSS, json.dumps(self._unwritten[step]) + "\n")
                 del self._unwritten[step]
             elif step != self._saved:
                 del self._unwritten[step]
@@ -120,7 +124,7 @@ class Continuity:
 def _read(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / NEXT_LOSS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, NEXT_LOSS_BYTES)
         sound = isinstance(found["loss"], float) and found["precision"] in TOLERANCES
         if not (sound and isinstance(found["samples"], dict)):
             raise ValueError

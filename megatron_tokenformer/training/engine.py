@@ -50,7 +50,7 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
         # Without gradients: it broadcasts tied weights, which autograd would take for part of the model.
         with torch.no_grad():
             module = StagedPipeline(
-                layers=pipeline_layers(config.model, layout.tensor),
+                layers=pipeline_layers(config.model, layout.tensor, config.training.recompute == "scores"),
                 topology=layout.topology,
                 loss_fn=language_model_loss,
                 partition_method=stage_bounds(config),
@@ -116,8 +116,9 @@ def deepspeed_config(config: RunConfig, precision: Precision, accumulation: int)
     }
     if precision == "bf16":
         settings["bf16"] = {"enabled": True}
-        # Otherwise micro-batches accumulate in bf16.
+        # Otherwise micro-batches accumulate in bf16, and the sum over data ranks is one of bf16 numbers.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
     elif precision == "fp16":
         settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
     return settings

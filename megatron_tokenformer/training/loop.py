@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,49 +12,62 @@ import torch
 from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.saving import all_or_none
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.config.sizes import device_peak, flops_per_token, parameter_count
+from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.model.tau import set_taus
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.batches import Batch, pipeline_batches
-from megatron_tokenformer.training.metrics import FINISHED, StepClock
+from megatron_tokenformer.training.metrics import FINISHED
+from megatron_tokenformer.training.phases import StepClock
+from megatron_tokenformer.training.profiling import profiled
 from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.run import Run, open_run
 from megatron_tokenformer.training.schedule import learning_rate
+from megatron_tokenformer.training.throughput import step_flops, throughput, tokens_per_step
 
 
-def train(config: RunConfig, layout: Layout) -> Progress:
+def train(config: RunConfig, layout: Layout, profile_steps: int = 0) -> Progress:
     """Run until `training.steps`, from the run's own newest checkpoint, or `checkpoint.load`, or the start.
+
+    Args:
+        profile_steps: so many steps are traced into RUN/profile.
 
     Raises:
         UserError: data, checkpoint and configuration do not fit together, or a save failed.
     """
     with open_run(config, layout) as run:
-        train_steps(run)
+        folder = Path(config.run_dir) / "profile"
+        with profiled(profile_steps, folder, layout, run.log.say) as profiler_step:
+            train_steps(run, profiler_step)
+        finish(run)
     return run.progress
 
 
-def train_steps(run: Run) -> None:
+def train_steps(run: Run, profiler_step: Callable[[], None]) -> None:
     """Step, log, evaluate and save until the run has its steps."""
     training, progress = run.config.training, run.progress
     if progress.step == 0:
         evaluate(run)
-    batches = pipeline_batches(
-        run.training_data, progress.position, run.config, run.layout, run.accumulation, run.eod_id
+    clock = StepClock(progress.step, run.layout.device)
+    clock.watch(run.engine)
+    batches = clock.waiting(
+        pipeline_batches(
+            run.training_data, progress.position, run.config, run.layout, run.accumulation, run.eod_id
+        )
     )
-    clock = StepClock(progress.step)
     while progress.step < training.steps:
         loss = train_step(run, batches)
+        profiler_step()
         run.continuity.stepped(progress.step, progress.position, loss)
         if progress.step % training.log_interval == 0 or progress.step == training.steps:
             progress.loss = loss.item()
-            log_step(run, clock.seconds_per_step(progress.step))
+            log_step(run, clock.take(progress.step))
         if due(training.eval_interval, progress.step, training.steps):
             evaluate(run)
-            clock = StepClock(progress.step)
+            clock.restart(progress.step)
         if due(run.config.checkpoint.interval, progress.step, training.steps):
             save(run)
-            clock = StepClock(progress.step)
-    finish(run)
+            clock.restart(progress.step)
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> torch.Tensor:
@@ -65,11 +78,10 @@ def train_step(run: Run, batches: Iterator[Batch]) -> torch.Tensor:
     set_taus(run.engine.deepspeed.module, progress.taus, progress.step)
     # 1F1B over the micro-batches; gradients summed over tied stages and data ranks; clip; AdamW; all-gather.
     loss: torch.Tensor = run.engine.deepspeed.train_batch(batches)
-    tokens = config.training.global_batch_size * config.data.sequence_length
     progress.step += 1
     progress.position += config.training.global_batch_size
-    progress.tokens += tokens
-    progress.flops += tokens * flops_per_token(config.model, config.data.sequence_length)
+    progress.tokens += tokens_per_step(config)
+    progress.flops += step_flops(config)
     run.log.advance()
     return loss
 
@@ -91,8 +103,9 @@ def evaluate(run: Run) -> None:
     before, progress.val_loss = progress.val_loss, loss.item()
     if progress.step == 0 and progress.history and before is not None:
         change = progress.val_loss - before
+        done = "shrunk" if progress.history[-1].get("kind") == "shrink" else "grown"
         run.log.say(
-            f"grown: validation loss {before:.6f} before, {progress.val_loss:.6f} now ({change:+.0e})"
+            f"{done}: validation loss {before:.6f} before, {progress.val_loss:.6f} now ({change:+.0e})"
         )
     row = {
         "step": progress.step,
@@ -104,10 +117,9 @@ def evaluate(run: Run) -> None:
     run.log.evaluation(row)
 
 
-def log_step(run: Run, seconds: float) -> None:
-    """Log the last step; `seconds` is the mean time of the steps since the last log line."""
+def log_step(run: Run, times: dict[str, float]) -> None:
+    """Log the last step; `times` are means over the steps since the last log line."""
     config, progress = run.config, run.progress
-    tokens = config.training.global_batch_size * config.data.sequence_length
     row = {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -115,13 +127,10 @@ def log_step(run: Run, seconds: float) -> None:
         "lr": learning_rate(config.optimizer, progress.step - 1, config.training.steps),
         "grad_norm": run.engine.grad_norm,
         "skipped_steps": run.engine.deepspeed.skipped_steps,
-        "step_time_s": seconds,
-        "tokens_per_s": tokens / seconds,
         "flops": progress.flops,
+        **times,
+        **throughput(config, run.layout, run.engine.precision, run.accumulation, times["step_time_s"]),
     }
-    peak = _device_peak(run)
-    if peak is not None:
-        row["mfu"] = tokens * flops_per_token(config.model, config.data.sequence_length) / seconds / peak
     run.log.training(row)
 
 
@@ -153,12 +162,4 @@ def finish(run: Run) -> None:
             "parameters": parameter_count(run.config.model),
             "checkpoint": str(store.find_checkpoint(run.folder)),
         }
-        store.replace_durably(Path(run.config.run_dir) / FINISHED, json.dumps(record, indent=1) + "\n")
-
-
-def _device_peak(run: Run) -> float | None:
-    """Peak of all the run's devices together, for MFU; None off the GPU, for unknown ones, and in fp32."""
-    if run.layout.device.type != "cuda" or run.engine.precision == "fp32":
-        return None
-    peak = device_peak(torch.cuda.get_device_name(run.layout.device))
-    return None if peak is None else peak * run.layout.processes.world_size
+        replace_durably(Path(run.config.run_dir) / FINISHED, json.dumps(record, indent=1) + "\n")

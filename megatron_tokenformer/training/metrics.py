@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.store import replace_durably
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -76,7 +75,7 @@ class MetricsLog:
 
     def training(self, row: dict[str, Any]) -> None:
         """A logged training step."""
-        rate = f"{row['tokens_per_s']:,.0f} tokens/s"
+        rate = f"{row['tokens_per_s']:,.0f} tokens/s, {row['tflops_per_device']:.3g} TFLOP/s a device"
         mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
         skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
         self.say(
@@ -102,20 +101,6 @@ class MetricsLog:
             self._file.flush()
             for sink in self._sinks:
                 sink.log(row, row["step"])
-
-
-class StepClock:
-    """Mean time of a step since the clock was made or last asked."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._since = step, time.perf_counter()
-
-    def seconds_per_step(self, step: int) -> float:
-        """The mean over the steps since, of which `step` is the last; then the clock starts over."""
-        now = time.perf_counter()
-        mean = (now - self._since) / (step - self._step)
-        self._step, self._since = step, now
-        return mean
 
 
 def drop_rows_after(path: Path, step: int) -> None:

@@ -10,7 +10,7 @@ import time
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.errors import UserError, in_words, run_cli
-from megatron_tokenformer.parallel.environment import find_processes
+from megatron_tokenformer.parallel.environment import find_processes, set_device_variables
 from megatron_tokenformer.quiet import quiet_imports
 
 # A launcher ends all ranks when one has ended; the main rank, which tells what is wrong, may be slower.
@@ -37,30 +37,40 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="trace so many steps, after three to warm up, with torch's profiler into RUN_DIR/profile",
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
     arguments = parser.parse_args(argv)
     try:
-        pretrain(load_config(arguments.config, arguments.overrides))
+        if arguments.profile < 0:
+            raise UserError(f"--profile {arguments.profile} is no number of steps")
+        pretrain(load_config(arguments.config, arguments.overrides), arguments.profile)
     except Exception as error:
-        return _tell(in_words(error))
+        return tell(in_words(error))
     return 0
 
 
-def pretrain(config: RunConfig) -> None:
-    """Train in this process as one of the run's."""
+def pretrain(config: RunConfig, profile_steps: int = 0) -> None:
+    """Train in this process as one of the run's; trace so many of its steps."""
     processes = find_processes()
     check_world(config, processes.world_size)
+    set_device_variables(config.parallel)
     # Imported when the configuration is known to be right: torch, DeepSpeed and megatron-core take seconds.
     with quiet_imports():
         from megatron_tokenformer.parallel import layout
         from megatron_tokenformer.training.loop import train
 
-    train(config, layout.start(config.parallel, processes))
+    train(config, layout.start(config.parallel, processes), profile_steps)
     layout.stop()  # not after a failure: it would wait for ranks that still wait for this one
 
 
-def _tell(error: UserError) -> int:
-    """Say once what every rank ends with, and a failure of one rank with its number."""
+def tell(error: UserError) -> int:
+    """Say once what every rank ends with, and a failure of one rank with its number; its exit code."""
     rank, world_size = 0, 1
     with contextlib.suppress(UserError):
         here = find_processes()

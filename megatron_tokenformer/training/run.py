@@ -30,6 +30,7 @@ from megatron_tokenformer.training.engine import Engine, build_engine
 from megatron_tokenformer.training.metrics import MetricsLog
 from megatron_tokenformer.training.old_tokens import slow_old_tokens, slowed_rows
 from megatron_tokenformer.training.progress import Progress
+from megatron_tokenformer.training.run_lock import only_run
 
 
 @dataclass(frozen=True)
@@ -71,38 +72,50 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     training_data, validation_data = _open_data_everywhere(config)
     tokenizer = common_tokenizer(training_data, validation_data)
     eod_id = from_main_rank(lambda: find_eod_id(config))
-    # One rank decides for all: on a network file system each may see another newest checkpoint.
-    # And it alone clears away what dead saves left, before it looks.
-    from_main_rank(lambda: store.clear_leftovers(checkpoint_folder(config)))
-    path = from_main_rank(lambda: find_restore_point(config, tokenizer))
-    restored = (path, read_manifest(path)) if path else None
+    with contextlib.ExitStack() as held:
+        from_main_rank(lambda: held.enter_context(only_run(Path(config.run_dir))))
+        # One rank decides for all: on a network file system each may see another newest checkpoint.
+        # And it alone clears away what dead saves left, before it looks.
+        from_main_rank(lambda: store.clear_leftovers(checkpoint_folder(config)))
+        # It hands its manifest on: of thousands of shards, for every rank to read it again takes long.
+        restored = from_main_rank(lambda: find_restore_point(config, tokenizer))
+        progress = _progress(config, restored, training_data)
+        progress.tokenizer = tokenizer or progress.tokenizer
+        slowed = slowed_rows(config.optimizer, restored[1] if restored else None)
+        engine = build_engine(config, layout, accumulation)
+        parts = (engine.deepspeed.module, engine.deepspeed.optimizer, layout)
+        if restored:
+            engine_state.load(*parts, *restored)
+        if slowed:
+            slow_old_tokens(*parts, slowed, config.optimizer.old_token_lr_scale)
+        folder, loaded = checkpoint_folder(config), restored[0] if restored else None
+        continuity = Continuity(config, layout, folder, engine.precision, loaded, progress.position)
+        # At step 0 the first thing that a run does is to measure and log it again.
+        with (
+            MetricsLog(config, progress.step or -1, layout.is_main) as log,
+            Saver(folder, config.checkpoint, layout, log.say) as saver,
+        ):
+            data = (training_data, validation_data, eod_id)
+            run = Run(config, layout, engine, accumulation, *data, progress, log, saver, continuity)
+            announce(run, restored)
+            yield run
+
+
+def _progress(config: RunConfig, restored: tuple[Path, Manifest] | None, data: Blend) -> Progress:
+    """How far the run is, going on from what was restored or from the start.
+
+    Raises:
+        UserError: further than it shall go.
+    """
     progress = Progress.from_manifest(restored[1]) if restored else Progress.fresh(config)
-    progress.tokenizer = tokenizer or progress.tokenizer
-    progress.source_tokens = {source.prefix: source.tokens for source in training_data.sources}
+    progress.source_tokens = {source.prefix: source.tokens for source in data.sources}
     steps, done = config.training.steps, progress.step
     if done > steps:
         raise UserError(
             f"{config.run_dir} has done {done} steps, more than training.steps={steps}; "
             f"training.steps={done} would work, or another run_dir"
         )
-    slowed = slowed_rows(config.optimizer, restored[1] if restored else None)
-    engine = build_engine(config, layout, accumulation)
-    if restored:
-        engine_state.load(engine.deepspeed.module, engine.deepspeed.optimizer, layout, *restored)
-    if slowed:
-        parts = (engine.deepspeed.module, engine.deepspeed.optimizer, layout)
-        slow_old_tokens(*parts, slowed, config.optimizer.old_token_lr_scale)
-    folder = checkpoint_folder(config)
-    continuity = Continuity(config, layout, folder, engine.precision, path, progress.position)
-    # At step 0 the first thing that a run does is to measure and log it again.
-    with (
-        MetricsLog(config, progress.step or -1, layout.is_main) as log,
-        Saver(folder, config.checkpoint, layout, log.say) as saver,
-    ):
-        data = (training_data, validation_data, eod_id)
-        run = Run(config, layout, engine, accumulation, *data, progress, log, saver, continuity)
-        announce(run, restored)
-        yield run
+    return progress
 
 
 def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
@@ -148,26 +161,31 @@ def find_eod_id(config: RunConfig) -> int | None:
     return end_of_document_id([prefix for _, prefix in (*data.train, *data.validation)], needed_by)
 
 
-def find_restore_point(config: RunConfig, tokenizer: TokenizerRecord | None) -> Path | None:
-    """The run's own newest checkpoint, else the one to load, else None.
+def find_restore_point(config: RunConfig, tokenizer: TokenizerRecord | None) -> tuple[Path, Manifest] | None:
+    """The run's own newest good checkpoint, else that of `checkpoint.load`, else None.
 
     Args:
         tokenizer: what made the data that the run would go on with; None if unknown.
 
     Raises:
-        UserError: there is none where one was asked for, or it is of another model or tokenizer.
+        UserError: there is none where one was asked for or all are bad, or it is of another model or
+            tokenizer.
     """
     check = verify_checkpoint if config.checkpoint.verify else read_manifest
-    path = store.newest_good(checkpoint_folder(config), check)
-    if path is None and config.checkpoint.load is not None:
-        path = store.find_checkpoint(config.checkpoint.load)
-        check(path)
-    if path is None:
+    folder, load = checkpoint_folder(config), config.checkpoint.load
+    own = store.complete_checkpoints(folder)
+    if own:
+        try:
+            path, manifest = store.first_good(own[::-1], check)
+        except UserError as error:
+            raise UserError(f"{error}; to start the run anew, remove {folder}", exit_code=1) from None
+    elif load is not None:
+        path, manifest = store.first_good(store.find_checkpoints(load), check)
+    else:
         return None
-    manifest = read_manifest(path)
     check_model(path, manifest, config.model)
     check_continued(path, manifest.tokenizer, tokenizer)
-    return path
+    return path, manifest
 
 
 def check_model(path: Path, manifest: Manifest, model: Model) -> None:
@@ -176,8 +194,9 @@ def check_model(path: Path, manifest: Manifest, model: Model) -> None:
     Raises:
         UserError: names the tensor or the key, and both values.
     """
-    for name, shape in full_shapes(model).items():
-        there, here = manifest.shapes.get(name), list(shape)
+    shapes = {name: list(shape) for name, shape in full_shapes(model).items()}
+    for name in {**shapes, **manifest.shapes}:
+        there, here = manifest.shapes.get(name), shapes.get(name)
         if there != here:
             raise UserError(
                 f"checkpoint {path} has {name} of shape {there}, the config's model has {here}; "

@@ -58,6 +58,21 @@ def test_tokens_and_a_config_give_the_same_bytes(source: Path) -> None:
     assert_grown(source, two)
 
 
+def test_of_a_folder_a_damaged_newest_checkpoint_is_passed_over_in_words(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = source.with_name("step-00000020")
+    shutil.copytree(source, damaged)
+    next(damaged.glob("*.safetensors")).write_bytes(b"short")
+    (source.parent / "latest").write_text(f"{damaged.name}\n")
+    grown = source.parents[2] / "grown"
+    assert main(["--load", str(source.parent), "--save", str(grown), "--tokens", LARGER]) == 0
+    assert f"warning: passing over {damaged}" in capsys.readouterr().out
+    assert read_manifest(find_checkpoint(grown)).history[-1]["from"] == str(source)
+    with pytest.raises(UserError, match="bytes, its manifest says"):
+        grow(damaged, "--tokens", LARGER)
+
+
 def test_target_params_prints_the_counts_that_it_chose(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from megatron_tokenformer.checkpoint.store import (
     clear_leftovers,
     complete_checkpoints,
     find_checkpoint,
-    newest_good,
+    first_good,
 )
 from megatron_tokenformer.parallel.layout import Layout
 from tests.checkpoint.saves import manifest, open_saver, state, stored_value
@@ -80,7 +80,7 @@ def check(folder: Path) -> str:
     for path in complete:
         assert stored_value(path) == int(path.name.removeprefix("step-"))
     assert (folder / LATEST).read_text().strip() in [path.name for path in complete]
-    assert find_checkpoint(folder) in complete and newest_good(folder) == complete[-1]
+    assert find_checkpoint(folder) in complete and first_good(complete[::-1])[0] == complete[-1]
     said = folder.with_suffix(".said-0").read_text()
     assert complete[-1].name >= f"step-{len(said):08d}", "one that was said to be saved is not there"
     left = {path.suffix for path in folder.glob(".step-*")}

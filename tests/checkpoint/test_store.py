@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_tokenformer.checkpoint.store import (
     clear_leftovers,
     complete_checkpoints,
     find_checkpoint,
+    find_checkpoints,
     retain,
     step_name,
 )
@@ -84,6 +86,59 @@ def test_latest_is_believed_only_if_it_names_a_complete_checkpoint(tmp_path: Pat
     good, torn = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2, complete=False)
     (tmp_path / LATEST).write_text(torn.name + "\n")
     assert find_checkpoint(tmp_path) == good
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b".",
+        b"../elsewhere/step-00000009",
+        b"{outside}",
+        b"step-00000007",
+        "step-0000000\u0662".encode(),
+        b"\xff\xfe",
+        b"step-00000002\0",
+        b"step-" + b"9" * 10_000,
+    ],
+)
+def test_latest_leads_nowhere_else(tmp_path: Path, content: bytes) -> None:
+    outside = checkpoint(tmp_path / "elsewhere", 9)
+    newest = [checkpoint(tmp_path / "here", step) for step in (1, 2)][-1]
+    (tmp_path / "here" / LATEST).write_bytes(content.replace(b"{outside}", bytes(outside)))
+    assert find_checkpoint(tmp_path / "here") == newest
+
+
+def test_a_folder_or_a_pipe_in_the_place_of_latest_is_passed_over(tmp_path: Path) -> None:
+    newest = checkpoint(tmp_path, 1)
+    os.mkfifo(tmp_path / LATEST)
+    assert find_checkpoint(tmp_path) == newest
+    (tmp_path / LATEST).unlink()
+    (tmp_path / LATEST).mkdir()
+    assert find_checkpoint(tmp_path) == newest
+
+
+def test_what_latest_names_comes_first_then_the_newest(tmp_path: Path) -> None:
+    one, two, three, four = (checkpoint(tmp_path, step) for step in (1, 2, 3, 4))
+    (tmp_path / LATEST).write_text(two.name + "\n")
+    assert find_checkpoints(tmp_path) == [two, four, three, one]
+    assert find_checkpoints(three) == [three]
+
+
+def test_other_names_than_ours_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("step-1", "step-00000001x", "step-0000000\u0662", "step-" + "9" * 100, ".step-00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).write_text("{}")
+    assert complete_checkpoints(tmp_path) == []
+
+
+def test_of_a_checkpoint_that_was_put_elsewhere_only_the_link_is_deleted(tmp_path: Path) -> None:
+    elsewhere, folder = checkpoint(tmp_path / "elsewhere", 1), tmp_path / "here"
+    newest = checkpoint(folder, 2)
+    (folder / step_name(1)).symlink_to(elsewhere)
+    retain(folder, keep_last=1, keep_every=0, newest=newest)
+    assert [path.name for path in folder.iterdir()] == [newest.name]
+    assert (elsewhere / MANIFEST).exists()
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints"])

@@ -34,11 +34,22 @@ def test_operations_are_those_of_the_products(path: Path) -> None:
 
 
 def test_what_recomputing_adds() -> None:
-    """A forward pass, or of the products of parameter tokens one of six."""
-    config = load_config(CONFIGS[0])
-    forward = layer_forward_flops(config.model, 0)
-    none, scores, layer = (layer_work(config.model, 0, policy) for policy in ("none", "scores", "layer"))
-    assert (none, scores, layer) == (3 * forward, 3 * forward * 7 // 6, 4 * forward)
+    """A forward pass; or of six products of parameter tokens one, or four where chunks wait for ranks."""
+    path = Path(__file__).parents[2] / "configs/tokenformer-1.4b.yaml"
+
+    def work(recompute: str, tensor: int = 1, micro_batch: int = 1) -> int:
+        training = {"recompute": recompute, "micro_batch_size": micro_batch, "global_batch_size": micro_batch}
+        words = [f"training.{key}={value}" for key, value in training.items()]
+        return layer_work(load_config(path, [*words, f"parallel.tensor={tensor}"]))
+
+    model = load_config(path).model
+    forward = layer_forward_flops(model, 1024)
+    product = 2 * model.hidden_size * 9216
+    assert (work("none"), work("layer")) == (3 * forward, 4 * forward)
+    assert work("scores") == work("scores", micro_batch=64) == 3 * forward + 8 * product
+    assert work("scores", tensor=2) == 3 * forward + 8 * product
+    # A chunk has 2^26 scores: 3,640 rows of 18,432 scores or 14,563 of 4,608, so of 4,096 rows not the FFN's.
+    assert work("scores", tensor=2, micro_batch=4) == 3 * forward + (4 + 4 * 4) * product
 
 
 @pytest.mark.parametrize(
@@ -68,6 +79,7 @@ def test_what_recomputing_adds() -> None:
 )
 def test_known_devices(name: str, tflops: float) -> None:
     assert device_peak(name) == device_peak(name, "fp16") == tflops * 1e12
+    assert device_peak(name, "fp32") is None
 
 
 @pytest.mark.parametrize(

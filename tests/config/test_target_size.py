@@ -68,6 +68,36 @@ def test_a_target_that_is_not_larger_is_refused_with_both_numbers(parameters: in
         tokens_for(Model(), parameters)
 
 
+@pytest.mark.parametrize("size", ["124m", "354m"])
+def test_shrinking_goes_down_the_ladder(size: str) -> None:
+    last = load_config(CONFIGS / "tokenformer-757m.yaml").model
+    chosen = tokens_for(last, parse_count(size), shrink=True)
+    assert chosen == load_config(CONFIGS / f"tokenformer-{size}.yaml").model.tokens
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ((64, 64, 256), (32, 32, 128)),
+        ((100, 64, 3000), (64, 32, 1504)),
+        ((100, 16, 3000), (32, 16, 32)),
+        ((40, 33, 47), (32, 32, 32)),
+    ],
+)
+def test_shrinking_leaves_32_tokens_of_a_role_that_has_them(
+    before: tuple[int, int, int], after: tuple[int, int, int]
+) -> None:
+    model = Model(tokens=Tokens(qkv=before[0], output=before[1], ffn=before[2]))
+    chosen = tokens_for(model, 1, shrink=True)
+    assert (chosen.qkv, chosen.output, chosen.ffn) == after
+
+
+@pytest.mark.parametrize("parameters", [123_600_000, 200_000_000, 123_500_000])
+def test_a_target_that_is_not_smaller_is_refused_with_both_numbers(parameters: int) -> None:
+    with pytest.raises(UserError, match=f"{parameters:,} is no shrinking.*has 123,5"):
+        tokens_for(Model(), parameters, shrink=True)
+
+
 def test_tokens_by_role_and_a_role_left_out_stays() -> None:
     before = Tokens(qkv=16, output=16, ffn=64)
     assert parse_tokens("qkv=32,output=48,ffn=96", before) == Tokens(qkv=32, output=48, ffn=96)

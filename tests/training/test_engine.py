@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tokenformer.checkpoint.blocks import read_blocks
+from megatron_tokenformer.checkpoint.manifest import FIRST_MOMENT, read_manifest
+from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import LanguageModel, canonical_parameters, initialize
@@ -16,7 +19,7 @@ from megatron_tokenformer.parallel.collectives import TensorParallel
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.engine import build_engine
 from tests.ranks import run_ranks
-from tests.toy import toy_config
+from tests.toy import toy_config, train_toy
 
 
 def describe(layout: Layout, config: RunConfig) -> dict[str, object]:
@@ -64,6 +67,22 @@ def test_the_engine_is_as_told(tmp_path: Path, precision: str, dtype: torch.dtyp
     first, last = stages[0]["names"], stages[-1]["names"]
     assert first & last == {"embedding.weight"}, "tied, and nothing else is twice"
     assert len(first | last) == 2 * 10 + 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_in_bf16_the_gradient_that_reaches_adam_is_a_sum_in_fp32(tmp_path: Path, ranks: int) -> None:
+    """DeepSpeed rounds it to bf16 otherwise, be it over several data ranks or one."""
+    training = {"precision": "bf16", "steps": 1, "micro_batch_size": 1, "eval_steps": 0}
+    config = toy_config(tmp_path, training=training, optimizer={"clip_grad": 0.0, "warmup_steps": 0})
+    run_ranks(ranks, train_toy, config)
+    path = find_checkpoint(config.run_dir)
+    manifest = read_manifest(path)
+    (gradient,) = (
+        moment / (1.0 - config.optimizer.betas[0])
+        for _, moment in read_blocks(path, manifest, "embedding.weight", FIRST_MOMENT, 2**20)
+    )
+    lost = ((gradient - gradient.bfloat16().float()).abs() / gradient.abs())[gradient != 0]
+    assert lost.median() > 2.0**-11, "of what bf16 keeps, 2^-9 at most is lost; of sums in bf16 nothing is"
 
 
 def initial_values(layout: Layout, config: RunConfig) -> dict[str, torch.Tensor]:

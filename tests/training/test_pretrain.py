@@ -30,5 +30,5 @@ def test_what_all_ranks_end_with_is_told_once(
     here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     for name, value in {**here, "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert pretrain._tell(error) == error.exit_code
+    assert pretrain.tell(error) == error.exit_code
     assert capsys.readouterr().err == told

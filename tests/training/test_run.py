@@ -48,6 +48,14 @@ def test_another_model_is_refused_even_if_its_shapes_are_the_same(
         check_model(path, read_manifest(path), toy_config(finished, model={key: value}).model)
 
 
+def test_a_tensor_that_the_model_does_not_have_is_refused(finished: Path) -> None:
+    path = find_checkpoint(finished / "run")
+    manifest = read_manifest(path)
+    manifest.shapes["layers.2.ffn.key_tokens"] = [64, 32]
+    with pytest.raises(UserError, match=r"has layers.2.ffn.key_tokens of shape \[64, 32\]"):
+        check_model(path, manifest, toy_config(finished).model)
+
+
 def test_what_changes_the_order_of_samples_is_said(finished: Path) -> None:
     manifest = read_manifest(find_checkpoint(finished / "run"))
     same = toy_config(finished, parallel={"tensor": 2}, training={"global_batch_size": 4})

@@ -1,0 +1,133 @@
+"""What one layer keeps for the backward pass, and the most it takes at once, for each training.recompute.
+
+On a CPU the layer runs on tensors without contents, which are allocated and freed like others but take no
+memory: every storage is counted once, and while it lives.  On a GPU the allocator is asked.  The
+parameters and the layer's input are not counted; gradients are, in the peak.
+
+    python benchmarks/memory.py --tokens 2048
+    python benchmarks/memory.py --device cuda --tokens 16384
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from environment import describe
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from megatron_tokenformer.config.schema import Model, Tokens
+from megatron_tokenformer.model.tokenformer import TokenformerLayer
+from megatron_tokenformer.parallel.collectives import TensorParallel
+
+LADDER = (576, 2144, 4864, 9216)
+POLICIES = ("none", "scores", "layer")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of the storages that operations inside have made and nobody has freed yet."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.bytes())
+        return result
+
+    def bytes(self) -> int:
+        """At this moment."""
+        self.alive = {key: one for key, one in self.alive.items() if not one[0].expired()}
+        return sum(size for _, size in self.alive.values())
+
+
+def run_layer(layer: TokenformerLayer, x: Tensor, policy: str) -> Tensor:
+    """The layer's output, from which backward can start."""
+    return checkpoint(layer, x, use_reentrant=False) if policy == "layer" else layer(x)
+
+
+def measure(tokens: int, policy: str, given: argparse.Namespace) -> dict[str, int]:
+    """Bytes that a layer of this many tokens keeps, and its peak over both passes."""
+    sizes = Tokens(qkv=tokens, output=tokens, ffn=4 * tokens)
+    model = Model(hidden_size=given.width, attention_heads=given.width // 64, tokens=sizes)
+    torch.set_default_dtype(DTYPES[given.dtype])  # because tensors without contents cannot be cast in place
+    with torch.device(given.device):
+        layer = TokenformerLayer(model, TensorParallel(), 0, policy == "scores")
+        shape = (given.sequence_length, given.tokens // given.sequence_length, given.width)
+        x = torch.zeros(shape, requires_grad=True)
+        first = x[:, :1]
+        run_layer(layer, first, policy).backward(torch.zeros_like(first))  # makes what is made only once
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        if given.device != "cpu":
+            return _ask_allocator(layer, x, policy)
+        with LiveStorages([x, *layer.parameters()]) as live:
+            output = run_layer(layer, x, policy)
+            kept = live.bytes() - output.untyped_storage().nbytes()
+            output.backward(torch.zeros_like(output))
+    return {"kept": kept, "peak": live.peak}
+
+
+def _ask_allocator(layer: TokenformerLayer, x: Tensor, policy: str) -> dict[str, int]:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = run_layer(layer, x, policy)
+    kept = torch.cuda.memory_allocated() - before - output.untyped_storage().nbytes()
+    output.backward(torch.zeros_like(output))
+    return {"kept": kept, "peak": torch.cuda.max_memory_allocated() - before}
+
+
+def rows(found: dict[str, list[dict[str, int]]], what: str, sizes: list[int]) -> Iterator[str]:
+    """A Markdown table of what is kept, or of the peak."""
+    yield f"| {what}, MB | " + " | ".join(f"s = {s:,}" for s in sizes) + " | last / first |"
+    yield "|---" * (len(sizes) + 2) + "|"
+    for policy, figures in found.items():
+        own = [figure[what] / 1e6 for figure in figures]
+        growth = f"{own[-1] / own[0]:.2f}" if own[0] else "-"
+        yield f"| {policy} | " + " | ".join(f"{b:,.1f}" for b in own) + f" | {growth} |"
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=list(LADDER), metavar="S", help="tokens of q, k, v, output")
+    add("--width", type=int, default=768, help="d (default: 768)")
+    add("--tokens", type=int, default=4096, help="of a micro-batch (default: 4096)")
+    add("--sequence-length", type=int, default=1024)
+    add("--dtype", choices=DTYPES, default="bf16")
+    add("--device", default="cpu")
+    add("--json", action="store_true", help="also print the figures as one JSON object, last")
+    given = parser.parse_args()
+    with FakeTensorMode() if given.device == "cpu" else contextlib.nullcontext():
+        found = {policy: [measure(size, policy, given) for size in given.sizes] for policy in POLICIES}
+    on = describe(torch.device(given.device))
+    print(f"one layer, {given.tokens:,} tokens of width {given.width}, {given.dtype}, {on['device']}")
+    for what in ("kept", "peak"):
+        print("\n".join(rows(found, what, given.sizes)) + "\n")
+    if given.json:
+        print(json.dumps({"settings": vars(given), "environment": on, "results": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What a growth or a shrinking is and came to, as figures and in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_tokenformer.checkpoint.grow import grown_taus
+from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan
+from megatron_tokenformer.checkpoint.resize import in_bytes
+from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, shrunk_taus
+from megatron_tokenformer.config.growth import changes_of_function
+from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.model.tau import taus_from_json, taus_to_json
+
+
+def describe(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
+    """The figures that are known before it begins; sizes in bytes.
+
+    Whether a shrinking is exact is not: that takes reading the tokens.
+    """
+    model = plan.target.model
+    if isinstance(plan, GrowthPlan):
+        reasons = changes_of_function(model, plan.rule)
+        taus = grown_taus(taus_from_json(plan.old.taus), plan.old.step, model, plan.rule)
+        own = {
+            "exact": not reasons,
+            "inexact_because": reasons,
+            "old_rows": "linked" if plan.links else "copied",
+            "bytes_old": plan.old_bytes,
+        }
+    else:
+        taus = shrunk_taus(plan)
+        own = {"exact": None, "bytes_old": sum(shard.size for shard in plan.old.shards)}
+    return {
+        "kind": plan.kind,
+        "from": str(plan.source),
+        "step": plan.old.step,
+        "path": None,
+        "tokens_before": plan.before.tokens.model_dump(),
+        "tokens_after": model.tokens.model_dump(),
+        "parameters_before": parameter_count(plan.before),
+        "parameters_after": parameter_count(model),
+        "taus": taus_to_json(taus),
+        **plan.rule.model_dump(),
+        **own,
+        "bytes_new": plan.new_bytes,
+        "bytes_free_before": plan.free_bytes,
+    }
+
+
+def report(plan: GrowthPlan | ShrinkPlan, figures: dict[str, Any]) -> None:
+    """Print a growth or a shrinking, done or planned: sizes, tau, optimizer, exactness, bytes."""
+    grows = isinstance(plan, GrowthPlan)
+    if figures["path"]:
+        print(f"{'grew' if grows else 'shrank'} {plan.source} (step {plan.old.step}) to {figures['path']}")
+    else:
+        print(f"would {plan.verb} {plan.source} (step {plan.old.step}) into {plan.folder}")
+    print(f"  parameters {figures['parameters_before']:,} -> {figures['parameters_after']:,}")
+    print(f"  {'tokens':<8}{'old rows':>10}{'new rows' if grows else 'dropped':>10}{'in all':>10}{'tau':>16}")
+    for role, after in figures["tokens_after"].items():
+        before, tau = figures["tokens_before"][role], figures["taus"][role]
+        course = f"{tau['start']:.2f}" + (f" -> {tau['end']:.2f}" if tau["steps"] else "")
+        print(f"  {role:<8}{before:>10,}{abs(after - before):>10,}{after:>10,}{course:>16}")
+    if grows:
+        _report_growth(figures)
+    else:
+        _report_shrink(figures)
+    if figures["path"]:
+        speed = (figures["bytes_old"] + figures["bytes_new"]) / figures["seconds"]
+        print(f"; {figures['seconds']:.1f} s, {in_bytes(int(speed))}/s")
+    else:
+        print(f"; {in_bytes(figures['bytes_free_before'])} are free on that disk")
+
+
+def _report_growth(figures: dict[str, Any]) -> None:
+    print(f"  new keys {figures['keys']}, new values {figures['values']}, optimizer {figures['optimizer']}")
+    _report_means("norm", figures.get("norms", {}))
+    reasons = figures["inexact_because"]
+    print(f"  the function changes: {'; '.join(reasons)}" if reasons else "  exact: the function is the same")
+    old, new = in_bytes(figures["bytes_old"]), in_bytes(figures["bytes_new"])
+    print(f"  old rows {old}, {figures['old_rows']}; new rows {new}, written", end="")
+
+
+def _report_shrink(figures: dict[str, Any]) -> None:
+    print(f"  those of least |K| |V| go, tau is kept, optimizer {figures['optimizer']}")
+    _report_means("|K| |V|", figures.get("reach", {}))
+    if figures["exact"] is not None:
+        same = "exact: the function is the same, for all that went had zero keys"
+        print(f"  {same if figures['exact'] else 'the function changes: tokens that had weight are gone'}")
+    print(f"  {in_bytes(figures['bytes_old'])}, read; {in_bytes(figures['bytes_new'])}, written", end="")
+
+
+def _report_means(what: str, roles: dict[str, dict[str, float | None]]) -> None:
+    for role, means in roles.items():
+        told = (f"{key.replace('_', ' ')} {value:.3g}" for key, value in means.items() if value is not None)
+        print(f"  mean {what}, {role}: {', '.join(told)}")

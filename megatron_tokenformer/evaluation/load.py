@@ -1,0 +1,50 @@
+"""A checkpoint of any layout as one whole model in one process, on one device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_tokenformer.checkpoint.blocks import read_blocks
+from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
+from megatron_tokenformer.checkpoint.stored_model import stored_model
+from megatron_tokenformer.config.schema import Precision
+from megatron_tokenformer.model.language_model import LanguageModel
+from megatron_tokenformer.model.tau import set_taus, taus_from_json
+
+BLOCK_ELEMENTS = 4 * 1024 * 1024
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def one_device() -> torch.device:
+    """The GPU of a process that is alone, or the CPU if there is none or DS_ACCELERATOR=cpu says so."""
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def resolve(precision: Precision, device: torch.device) -> Precision:
+    """What `auto` means on a device: bf16 on a GPU, fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    return "fp32" if device.type == "cpu" else "bf16"
+
+
+@torch.no_grad()
+def load_model(path: Path, manifest: Manifest, precision: Precision, device: torch.device) -> LanguageModel:
+    """The model of a checkpoint with tau as of its step, its weights in this precision.
+
+    Weights go from the files to their place block by block: beyond the model itself, one block is in memory.
+
+    Raises:
+        UserError: the tensors are not those of the config's model, or a shard is not what the manifest says.
+    """
+    with torch.device("meta"):  # nothing is initialised only to be overwritten
+        model = LanguageModel(stored_model(path, manifest))
+    model = model.to(DTYPES[resolve(precision, device)]).to_empty(device=device).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        for first, values in read_blocks(path, manifest, name, WEIGHT, BLOCK_ELEMENTS):
+            parameter.view(-1)[first : first + len(values)].copy_(values)
+    set_taus(model, taus_from_json(manifest.taus), manifest.step)
+    return model

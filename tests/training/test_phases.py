@@ -1,0 +1,75 @@
+"""Times by phase, throughput, and the traces that --profile writes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.config.sizes import flops_per_token
+from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.training.loop import train
+from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.training.phases import StepClock
+from tests.ranks import run_ranks
+from tests.toy import toy_config
+
+
+def profile_toy(layout: Layout, config: RunConfig, steps: int) -> None:
+    train(config, layout, steps)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
+    """A run on two tensor-parallel and two data-parallel ranks, of which two steps were traced."""
+    folder = tmp_path_factory.mktemp("phases")
+    config = toy_config(folder, parallel={"tensor": 2}, training={"micro_batch_size": 2})
+    run_ranks(4, profile_toy, config, 2, tensor=2)
+    return folder / "run", config
+
+
+def test_phases_are_parts_of_the_step_and_rates_follow_from_it(run: tuple[Path, RunConfig]) -> None:
+    folder, config = run
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == 10
+    for row in rows:
+        phases = [row[f"{name}_time_s"] for name in ("data", "forward", "optimizer")]
+        assert all(seconds > 0 for seconds in phases)
+        assert sum(phases) < row["step_time_s"]
+        tokens = 8 * 32
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["step_time_s"])
+        flops = tokens * flops_per_token(config.model, 32) / 4
+        assert row["tflops_per_device"] == pytest.approx(flops / row["step_time_s"] / 1e12)
+        assert row["peak_memory_bytes"] > 100e6, "torch alone is larger"
+
+
+def test_a_trace_of_each_rank_of_one_replica_holds_the_steps_asked_for(run: tuple[Path, RunConfig]) -> None:
+    folder, _ = run
+    assert sorted(path.name for path in (folder / "profile").iterdir()) == [
+        "rank-00000.trace.json.gz",
+        "rank-00000.txt",
+        "rank-00001.trace.json.gz",
+        "rank-00001.txt",
+    ]
+    with gzip.open(folder / "profile" / "rank-00000.trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    steps = sorted(name for name in set(names) if name.startswith("ProfilerStep#"))
+    assert steps == ["ProfilerStep#3", "ProfilerStep#4"]
+    assert any("mm" in name for name in names)
+    assert "Self CPU" in (folder / "profile" / "rank-00000.txt").read_text()
+
+
+def test_a_clock_that_is_restarted_forgets() -> None:
+    clock = StepClock(5, torch.device("cpu"))
+    assert list(clock.waiting(iter("ab"))) == ["a", "b"]
+    clock.restart(7)
+    assert clock.take(9).keys() == {"step_time_s"}
+    assert list(clock.waiting(iter("ab"))) == ["a", "b"]
+    times = clock.take(10)
+    assert times.keys() == {"step_time_s", "data_time_s"}
+    assert 0 < times["data_time_s"] < times["step_time_s"]
