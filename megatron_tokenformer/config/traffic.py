@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from megatron_tokenformer.config.schema import Model, RunConfig, ScoreNorm
+from megatron_tokenformer.config.schema import RunConfig, ScoreNorm
+from megatron_tokenformer.config.sizes import micro_batch_tokens, pattention_tokens
+from megatron_tokenformer.config.stages import stage_layers
 
 FP32 = 4
 ELEMENT = {"fp32": FP32, "bf16": 2, "fp16": 2}
@@ -118,7 +120,7 @@ def first_rows(width: int, positions: int, element: int, sequence: bool) -> list
 
 def last_rows(width: int, positions: int, element: int, sequence: bool) -> list[Row]:
     """The head's and the loss's, on the last stage.  The loss is megatron-core's cross entropy."""
-    replicated = [Row(ACTIVATIONS, width * element, None, "all-reduce")] * 2  # final norm: gain and bias
+    replicated = [Row(ACTIVATIONS, 2 * width * element, None, "all-reduce")]  # final norm: gain and bias
     maximum_label_and_sum = [Row(LOSS, positions * FP32, "all-reduce", None)] * 3
     head = _boundaries(positions * width * element, sequence)[0]
     return [*(replicated if sequence else []), head, *maximum_label_and_sum]
@@ -142,35 +144,36 @@ def passes(rows: Iterable[Row], ranks: int, forward: int = 1, backward: int = 1)
     ]
 
 
-def tensor_traffic(config: RunConfig, precision: str, layers: int, first: bool, last: bool) -> list[Traffic]:
+def tensor_traffic(config: RunConfig, precision: str, stage: int) -> list[Traffic]:
     """What tensor-parallel ranks exchange for one micro-batch on a pipeline stage.
 
     Args:
         precision: `bf16`, `fp16` or `fp32`: what training.precision comes to on the device.
-        layers: layers of the stage.
-        first, last: whether the stage has the embedding, the head and the loss.
     """
     model, ranks = config.model, config.parallel.tensor
+    first, last = ends(config, stage)
     shape = (
         model.hidden_size,
-        config.training.micro_batch_size * config.data.sequence_length,
+        micro_batch_tokens(config),
         ELEMENT[precision],
         config.parallel.sequence and ranks > 1,
     )
-    # With `layer` the backward pass runs the layer forward again, collectives and all.
+    # With `layer` the backward pass runs the layer forward again, collectives and all.  With `scores` it only
+    # makes products again.
     again = 2 if config.training.recompute == "layer" else 1
     layer = passes(tokenformer_rows(*shape, model.score_norm), ranks, forward=again)
+    layers = stage_layers(config)[stage]
     return [
         *(passes(first_rows(*shape), ranks) if first else []),
-        *(one.times(layers) for one in layer),
+        *(one.times(layers) for one in layer if layers),
         *(passes(last_rows(*shape), ranks) if last else []),
     ]
 
 
-def pipeline_traffic(config: RunConfig, precision: str, first: bool, last: bool) -> list[Traffic]:
+def pipeline_traffic(config: RunConfig, precision: str, stage: int) -> list[Traffic]:
     """What a stage exchanges with its neighbours for one micro-batch: activations there, gradients back."""
-    parallel = config.parallel
-    positions = config.training.micro_batch_size * config.data.sequence_length
+    parallel, positions = config.parallel, micro_batch_tokens(config)
+    first, last = ends(config, stage)
     kept = parallel.tensor if parallel.sequence else 1
     size = positions * config.model.hidden_size * ELEMENT[precision] // kept
     places = 8 * positions if config.data.isolate_documents else 0  # int64, forward only, not split
@@ -182,54 +185,63 @@ def pipeline_traffic(config: RunConfig, precision: str, first: bool, last: bool)
     return both
 
 
-def data_traffic(
-    config: RunConfig, precision: str, data_size: int, layers: int, first: bool, last: bool
-) -> list[Traffic]:
+def data_traffic(config: RunConfig, precision: str, data_size: int, stage: int) -> list[Traffic]:
     """What is exchanged once per step: gradients, new weights, and the tied embedding's gradient.
 
     As DeepSpeed 0.19 does it with ZeRO-1 and a pipeline: gradients are all-reduced, not scattered, in fp32
     (fp16 in fp16); then each rank's part of the new weights is gathered.  Calls are those of one bucket (5e7
     or 5e8 elements); a larger stage has more, of the same bytes.
     """
-    own = stage_parameters(config.model, config.parallel.tensor, layers, first, last)
+    own, padded = stage_parameters(config, stage), padded_parameters(config, stage, data_size)
     element, accumulated = ELEMENT[precision], ELEMENT[precision] if precision == "fp16" else FP32
-    aligned = 2 * data_size
-    padded = -(-own // aligned) * aligned
     # BF16_Optimizer keeps its accumulated gradients padded, ZeRO's own optimizer does not.
     summed = padded if precision == "bf16" else own
     step = [
         Traffic(GRADIENTS, "all-reduce", data_size, summed * accumulated),
         Traffic(WEIGHTS, "all-gather", data_size, padded * element),
     ]
-    if config.parallel.pipeline > 1 and (first or last):
+    if config.parallel.pipeline > 1 and any(ends(config, stage)):
         size = config.model.vocab_size // config.parallel.tensor * config.model.hidden_size * accumulated
         step.append(Traffic(TIED_EMBEDDING, "all-reduce", 2, size))
     return step
 
 
-def stage_parameters(model: Model, tensor: int, layers: int, first: bool, last: bool) -> int:
+def ends(config: RunConfig, stage: int) -> tuple[bool, bool]:
+    """Whether a pipeline stage is the first, which has the embedding, and the last, with head and loss."""
+    return stage == 0, stage == config.parallel.pipeline - 1
+
+
+def stage_parameters(config: RunConfig, stage: int) -> int:
     """Parameters that a rank of a pipeline stage holds; first and last both hold the embedding."""
-    width, tokens = model.hidden_size, model.tokens
-    rows = layers * 2 * (3 * tokens.qkv + tokens.output + tokens.ffn) + (
-        model.vocab_size if first or last else 0
-    )
-    return rows // tensor * width + (2 * width if last else 0)
+    model, (first, last) = config.model, ends(config, stage)
+    rows = stage_layers(config)[stage] * 2 * pattention_tokens(model)
+    rows += model.vocab_size if first or last else 0
+    return (rows // config.parallel.tensor + 2 * last) * model.hidden_size
+
+
+def padded_parameters(config: RunConfig, stage: int, data_size: int) -> int:
+    """The same as ZeRO lays them out: filled up so that the ranks' parts are equal and begin aligned."""
+    aligned = 2 * data_size
+    return -(-stage_parameters(config, stage) // aligned) * aligned
+
+
+def stage_traffic(
+    config: RunConfig, precision: str, data_size: int, stage: int
+) -> tuple[list[Traffic], list[Traffic]]:
+    """What a rank of a pipeline stage exchanges for each micro-batch, and besides once in a step."""
+    each = tensor_traffic(config, precision, stage) + pipeline_traffic(config, precision, stage)
+    return each, data_traffic(config, precision, data_size, stage)
 
 
 def step_traffic(
-    config: RunConfig, precision: str, data_size: int, layers: int | None = None, stage: int = 0
+    config: RunConfig, precision: str, data_size: int, stage: int = 0
 ) -> dict[tuple[str, str], Traffic]:
     """All that a rank of pipeline stage `stage` exchanges in one step, but for scalars.
 
     Args:
         precision: `bf16`, `fp16` or `fp32`: what training.precision comes to on the device.
         data_size: data-parallel ranks.
-        layers: layers of the stage; by default its even share.
     """
-    stages = config.parallel.pipeline
-    layers = config.model.layers // stages if layers is None else layers
-    ends = stage == 0, stage == stages - 1
     micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_size)
-    each = tensor_traffic(config, precision, layers, *ends) + pipeline_traffic(config, precision, *ends)
-    once = data_traffic(config, precision, data_size, layers, *ends)
+    each, once = stage_traffic(config, precision, data_size, stage)
     return total([*(one.times(micro_batches) for one in each), *once])

@@ -27,11 +27,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_tokenformer.config.schema import ScoreNorm
+from megatron_tokenformer.config.sizes import CHUNK_SCORES, chunk_rows
 from megatron_tokenformer.kernels import score_norm
 from megatron_tokenformer.parallel.collectives import TensorParallel, max_over_ranks, sum_over_ranks
-
-CHUNK_SCORES = 1 << 26
-"""Scores of one projection in a chunk: 128 MiB of each tensor in bf16, and still large products."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,10 @@ class Settings:
     chunk_scores: int
 
     def chunks(self, rows: int, keys: Sequence[Tensor]) -> list[slice]:
-        """Into which rows of X a pass is cut: multiples of 128, which products like."""
+        """Into which rows of X a pass is cut."""
         size = rows
         if self.recompute_scores:
-            size = max(self.chunk_scores // max(len(k) for k in keys) // 128, 1) * 128
+            size = chunk_rows(max(len(k) for k in keys), self.chunk_scores)
         return [slice(first, first + size) for first in range(0, max(rows, 1), max(size, 1))]
 
 
@@ -78,7 +76,8 @@ def pattend(
         Y of each, [..., d_out_i]; the output is the sum over ranks.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):  # its casts would not reach the backward pass
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Its casts would not reach the backward pass.
         dtype = torch.get_autocast_dtype(device)
         x, keys, values = x.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
         with torch.autocast(device, enabled=False):
@@ -96,14 +95,16 @@ class _Pattend(Function):
         scores = [x @ k.t() for k in keys] if len(chunks) == 1 else None
         stats = _stats_over_ranks(x, keys, scores, chunks, settings) if settings.ranks.size > 1 else None
         outputs = tuple(x.new_empty(len(x), v.shape[1]) for v in values)
-        found = []
-        for rows in chunks:
-            for i, (k, v, tau, y) in enumerate(zip(keys, values, settings.taus, outputs)):
-                a = scores[i] if scores else x[rows] @ k.t()
-                known = None if stats is None else stats[i, :, rows]
-                weights, own = score_norm.weights(a, tau, settings.kind, known)
-                torch.mm(weights, v, out=y[rows])
-                found.append(own)
+
+        def attend(i: int, rows: slice) -> Tensor:
+            # A function, here as in backward, so that scores are freed before the next are made.
+            a = scores[i] if scores else x[rows] @ keys[i].t()
+            known = None if stats is None else stats[i, :, rows]
+            weights, own = score_norm.weights(a, settings.taus[i], settings.kind, known)
+            torch.mm(weights, values[i], out=outputs[i][rows])
+            return own
+
+        found = [attend(i, rows) for rows in chunks for i in range(len(keys))]
         if stats is None:
             stats = _join(found, len(keys))
         kept = () if settings.recompute_scores else tuple(scores or ())
@@ -122,29 +123,35 @@ class _Pattend(Function):
         def scores_and_grad(i: int, rows: slice) -> tuple[Tensor, Tensor]:
             return kept[i] if kept else x[rows] @ keys[i].t(), grads[i][rows] @ values[i].t()
 
-        held, sums = None, None
+        held: list[tuple[Tensor, Tensor]] = []  # from before the ranks' sum to after it, if one chunk is all
+
+        def row_sums(i: int, rows: slice) -> Tensor:
+            a, g = scores_and_grad(i, rows)
+            if len(chunks) == 1:
+                held.append((a, g))
+            return score_norm.row_sums(a, g, settings.taus[i], settings.kind, stats[i, :, rows])
+
+        sums = None
         if settings.ranks.size > 1:
-            parts = []
-            for rows in chunks:
-                held = [scores_and_grad(i, rows) for i in range(several)]
-                parts += [
-                    score_norm.row_sums(a, g, tau, settings.kind, s[:, rows])
-                    for (a, g), tau, s in zip(held, settings.taus, stats)
-                ]
+            parts = [row_sums(i, rows) for rows in chunks for i in range(several)]
             sums = sum_over_ranks(_join(parts, several), settings.ranks)
         need_x, _, *needed = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_x else None
         token_grads: list[Tensor | None] = [None] * len(needed)
+
+        def add_gradients(i: int, rows: slice) -> None:
+            a, g = held.pop(0) if held else scores_and_grad(i, rows)
+            row_sum = None if sums is None else sums[i, rows]
+            weights = score_norm.gradients_(a, g, settings.taus[i], settings.kind, stats[i, :, rows], row_sum)
+            for j, left, right in ((i, g, x), (several + i, weights, grads[i])):
+                if needed[j]:
+                    token_grads[j] = _plus_product(token_grads[j], left, right[rows], len(chunks) > 1)
+            if dx is not None:
+                torch.addmm(dx[rows], g, keys[i], beta=min(i, 1), out=dx[rows])
+
         for rows in chunks:
-            for i, tau in enumerate(settings.taus):
-                a, g = held[i] if held and len(chunks) == 1 else scores_and_grad(i, rows)
-                row_sum = None if sums is None else sums[i, rows]
-                weights = score_norm.gradients_(a, g, tau, settings.kind, stats[i, :, rows], row_sum)
-                for j, left, right in ((i, g, x), (several + i, weights, grads[i])):
-                    if needed[j]:
-                        token_grads[j] = _plus_product(token_grads[j], left, right[rows], len(chunks) > 1)
-                if dx is not None:
-                    torch.addmm(dx[rows], g, keys[i], beta=min(i, 1), out=dx[rows])
+            for i in range(several):
+                add_gradients(i, rows)
         return dx, None, *(None if grad is None else grad.to(x.dtype) for grad in token_grads)
 
 

@@ -96,6 +96,6 @@ class FinalNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gain, bias = 1.0 + self.gain_minus_one, self.bias
-        if self.ranks.sequence:  # each rank sees some positions: the gradients of all are summed
-            gain, bias = copy_to_ranks(gain, self.ranks), copy_to_ranks(bias, self.ranks)
+        if self.ranks.sequence:  # each rank sees some positions: the gradients of all are summed, in one call
+            gain, bias = copy_to_ranks(torch.stack((gain, bias)), self.ranks).unbind()
         return F.layer_norm(x, gain.shape, gain, bias, self.eps)

@@ -10,6 +10,7 @@ from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.config.load import dump_config
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.config.stages import describe_pipeline
 from megatron_tokenformer.data.batches import SourceInfo
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.training.metrics import FINISHED
@@ -33,6 +34,7 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
         f"{parameter_count(config.model):,} parameters ({tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per "
         f"layer), {run.engine.precision}; {run.layout}"
     )
+    run.log.say(describe_pipeline(config, run.accumulation))
     if restored:
         path, manifest = restored
         run.log.say(f"from {path} at step {progress.step}, {progress.tokens:,} tokens seen")

@@ -13,13 +13,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from megatron_tokenformer.config.memory import REDUCE_BUCKET
 from megatron_tokenformer.config.schema import Precision, RunConfig
+from megatron_tokenformer.config.stages import stage_bounds
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
 from megatron_tokenformer.model.pipeline import language_model_loss, pipeline_layers
 from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
 from megatron_tokenformer.quiet import quiet_start
 from megatron_tokenformer.training.optimizer import build_adamw
+from megatron_tokenformer.training.stages import StagedPipeline
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,11 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
     with quiet_start():
         # Without gradients: it broadcasts tied weights, which autograd would take for part of the model.
         with torch.no_grad():
-            module = deepspeed.PipelineModule(
+            module = StagedPipeline(
                 layers=pipeline_layers(config.model, layout.tensor, config.training.recompute == "scores"),
                 topology=layout.topology,
                 loss_fn=language_model_loss,
-                # 'parameters' would build every layer of the model on every rank just to count.
-                partition_method="type:PipelineLayer",
+                partition_method=stage_bounds(config),
                 activation_checkpoint_interval=1 if config.training.recompute == "layer" else 0,
                 checkpointable_layers=["PipelineLayer"],
             )
@@ -105,7 +107,7 @@ def deepspeed_config(config: RunConfig, precision: Precision, accumulation: int)
             # Stage 0 with a pipeline clips by a wrong norm and lets a NaN reach the weights.
             "stage": 1,
             # The default of 5e8 elements is allocated at every step.
-            "reduce_bucket_size": 50_000_000,
+            "reduce_bucket_size": REDUCE_BUCKET,
         },
         # Its list of tested optimizers knows AdamW, but no subclass of it.
         "zero_allow_untested_optimizer": True,

@@ -131,7 +131,7 @@ def log_step(run: Run, times: dict[str, float]) -> None:
         "skipped_steps": run.engine.deepspeed.skipped_steps,
         "flops": progress.flops,
         **times,
-        **throughput(config, run.layout, run.engine.precision, times["step_time_s"]),
+        **throughput(config, run.layout, run.engine.precision, run.accumulation, times["step_time_s"]),
     }
     run.log.training(row)
 

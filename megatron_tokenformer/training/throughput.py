@@ -8,6 +8,7 @@ import torch
 
 from megatron_tokenformer.config.schema import Precision, RunConfig
 from megatron_tokenformer.config.sizes import device_peak, flops_per_token
+from megatron_tokenformer.config.stages import bubble_share
 from megatron_tokenformer.parallel.layout import Layout
 
 
@@ -21,12 +22,15 @@ def step_flops(config: RunConfig) -> float:
     return tokens_per_step(config) * flops_per_token(config.model, config.data.sequence_length)
 
 
-def throughput(config: RunConfig, layout: Layout, precision: Precision, seconds: float) -> dict[str, float]:
-    """The figures of a step that took so many seconds.
+def throughput(
+    config: RunConfig, layout: Layout, precision: Precision, micro_batches: int, seconds: float
+) -> dict[str, float]:
+    """The figures of a step of so many micro-batches on each rank that took so many seconds.
 
     Returns:
-        tokens_per_s (all ranks), tflops_per_device, mfu where the device's peak is known, and
-        peak_memory_bytes of this rank: allocated on a GPU, resident without one.
+        tokens_per_s (all ranks), tflops_per_device, mfu where the device's peak is known, bubble (by formula)
+        where there are pipeline stages, and peak_memory_bytes of this rank: allocated on a GPU, resident
+        without one.
     """
     per_device = step_flops(config) / seconds / layout.processes.world_size
     row = {
@@ -34,15 +38,15 @@ def throughput(config: RunConfig, layout: Layout, precision: Precision, seconds:
         "tflops_per_device": per_device / 1e12,
         "peak_memory_bytes": peak_memory_bytes(layout.device),
     }
+    if config.parallel.pipeline > 1:
+        row["bubble"] = bubble_share(config.parallel.pipeline, micro_batches)
     peak = peak_flops(layout.device, precision)
     return row if peak is None else {**row, "mfu": per_device / peak}
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """The device's peak in FLOP/s; None off the GPU, for unknown ones, and in fp32."""
-    if device.type != "cuda" or precision == "fp32":
-        return None
-    return device_peak(torch.cuda.get_device_name(device))
+    """The device's peak in FLOP/s in this precision; None off the GPU, for unknown ones, and in fp32."""
+    return device_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

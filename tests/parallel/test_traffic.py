@@ -63,7 +63,7 @@ def test_a_tensor_parallel_step(tmp_path: Path, tensor: int, sequence: bool, pre
     parallel = {"tensor": tensor, "sequence": sequence}
     configs = [
         small(tmp_path, recompute, parallel, training={"recompute": recompute, "precision": precision})
-        for recompute in ("none", "layer")
+        for recompute in ("none", "scores", "layer")
     ]
     for rank in run_ranks(tensor, count_steps, configs, **parallel):
         for counted, config in zip(rank, configs):
@@ -128,7 +128,7 @@ def test_the_other_score_norms(tmp_path: Path, score_norm: str) -> None:
         ("fp32", 1, 2, 2, False, True),
         ("fp16", 1, 2, 2, False, False),
         ("bf16", 2, 2, 1, True, True),
-        ("bf16", 1, 4, 1, False, False),  # has stages that are neither first nor last
+        ("bf16", 1, 4, 1, False, False),  # has stages that are neither first nor last, and uneven ones
     ],
 )
 def test_pipeline_and_data_parallel_steps(

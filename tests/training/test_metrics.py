@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.config.sizes import device_peak, flops_per_token, parameter_count
+from megatron_tokenformer.config.sizes import flops_per_token, parameter_count
 from megatron_tokenformer.training.metrics import drop_rows_after, read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
@@ -67,10 +67,3 @@ def test_rows_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(6)) + '{"step": 6, "lo')
     drop_rows_after(path, 3)
     assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    "name, peak", [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("Riva TNT2", None)]
-)
-def test_an_unknown_device_has_no_peak(name: str, peak: float | None) -> None:
-    assert device_peak(name) == peak
