@@ -37,13 +37,13 @@ def train(config: RunConfig, layout: Layout, profile_steps: int = 0) -> Progress
     """
     with open_run(config, layout) as run:
         folder = Path(config.run_dir) / "profile"
-        with profiled(profile_steps, folder, layout, run.log.say) as profiler_step:
-            train_steps(run, profiler_step)
+        with profiled(profile_steps, folder, layout, run.log.say) as after_step:
+            train_steps(run, after_step)
         finish(run)
     return run.progress
 
 
-def train_steps(run: Run, profiler_step: Callable[[], None]) -> None:
+def train_steps(run: Run, after_step: Callable[[], None] = lambda: None) -> None:
     """Step, log, evaluate and save until the run has its steps."""
     training, progress = run.config.training, run.progress
     if progress.step == 0:
@@ -57,7 +57,7 @@ def train_steps(run: Run, profiler_step: Callable[[], None]) -> None:
     )
     while progress.step < training.steps:
         loss = train_step(run, batches)
-        profiler_step()
+        after_step()
         run.continuity.stepped(progress.step, progress.position, loss)
         if progress.step % training.log_interval == 0 or progress.step == training.steps:
             progress.loss = loss.item()
