@@ -146,15 +146,15 @@ def _old_shards(plan: GrowthPlan, folder: Path, linked: bool, norms: TokenNorms)
     total = sum(shard.size for shard in old.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="old rows", disable=None) as bar:
         for shard in old.shards:
-            look = ShardReader(source / shard.file, shard, norms).take
+            look = ShardReader(source / shard.file, shard, old.states, norms).take
             if plan.rewrites:
-                verify_shard(source, shard, bar.update, look)
+                verify_shard(source, shard, old.states, bar.update, look)
                 shards.append(write_shard(folder / shard.file, shard.intervals, states, _stored(plan, shard)))
                 continue
             if not linked:
-                copy_shard(source, shard, folder, bar.update, look)
+                copy_shard(source, shard, old.states, folder, bar.update, look)
             elif plan.verify:
-                verify_shard(source, shard, bar.update, look)
+                verify_shard(source, shard, old.states, bar.update, look)
             shards.append(shard)
     return shards
 

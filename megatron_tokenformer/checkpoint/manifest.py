@@ -160,8 +160,17 @@ def read_json(path: Path, most: int) -> Any:
         OSError: it cannot be read.
         ValueError: it is no file, has more than `most` bytes, or is not JSON.
     """
+    return parse_json(read_small(path, most))
+
+
+def parse_json(text: bytes) -> Any:
+    """What JSON that may be anyone's says.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
     try:
-        return json.loads(read_small(path, most), parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

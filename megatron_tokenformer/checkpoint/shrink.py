@@ -125,8 +125,8 @@ def choose(plan: ShrinkPlan) -> Choice:
     total = sum(shard.size for shard in old.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="norms", disable=None) as bar:
         for shard in old.shards:
-            look = ShardReader(plan.source / shard.file, shard, norms).take
-            verify_shard(plan.source, shard, bar.update, look)
+            look = ShardReader(plan.source / shard.file, shard, old.states, norms).take
+            verify_shard(plan.source, shard, old.states, bar.update, look)
     kept: dict[str, np.ndarray] = {}
     reaches: dict[str, dict[str, list[np.ndarray]]] = {r: {"kept": [], "dropped": []} for r in ROLES}
     exact = plan.before.score_norm != "softmax"

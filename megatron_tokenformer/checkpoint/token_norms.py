@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_tokenformer.checkpoint.manifest import WEIGHT, Interval, Shard
+from megatron_tokenformer.checkpoint.manifest import WEIGHT, Shard
+from megatron_tokenformer.checkpoint.shards import check_header
 from megatron_tokenformer.model.tau import ROLES
 
 KINDS = {"key_tokens": "keys", "value_tokens": "values"}
@@ -71,27 +70,22 @@ class TokenNorms:
 
 
 class ShardReader:
-    """Takes the bytes of a shard in order and hands the weights among them to a TokenNorms."""
+    """Takes the bytes of a shard in order and hands the weights among them to a TokenNorms.
 
-    def __init__(self, path: Path, shard: Shard, norms: TokenNorms) -> None:
+    Raises:
+        UserError: the shard's header is not what the manifest says.
+    """
+
+    def __init__(self, path: Path, shard: Shard, states: list[str], norms: TokenNorms) -> None:
         self._norms, self._place = norms, 0
-        self._weights: list[tuple[int, int, Interval]] = []
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                header: dict[str, Any] = json.loads(file.read(min(size, shard.size)))
-                for interval in shard.intervals:
-                    if is_token(interval.name):
-                        start, stop = header[interval.key(WEIGHT)]["data_offsets"]
-                        self._weights.append((8 + size + start, 8 + size + stop, interval))
-            except (ValueError, KeyError, TypeError):
-                # The file is damaged, which its hash tells to whoever reads it to the end.
-                self._weights.clear()
+        starts = check_header(path, shard, states)
+        self._weights = [(starts[part.key(WEIGHT)], part) for part in shard.intervals if is_token(part.name)]
 
     def take(self, block: memoryview) -> None:
         """The next bytes of the file."""
         end = self._place + len(block)
-        for start, stop, interval in self._weights:
+        for start, interval in self._weights:
+            stop = start + 4 * (interval.stop - interval.start)
             first, last = max(start, self._place), min(stop, end)
             if first < last:
                 values = np.frombuffer(block[first - self._place : last - self._place], dtype="<f4")
