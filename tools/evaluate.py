@@ -30,7 +30,7 @@ examples:
 
   # the components of the Pile, split by preprocess_data.py --split-by: a row for each, and the total
   python tools/evaluate.py --load runs/tokenformer-124m/checkpoints/step-00010000 \\
-      --data data/val_arxiv_text_document data/val_github_text_document --json
+      --data data/val_arxiv_text_document --data data/val_github_text_document --json
 
   # on 8 GPUs, each with the whole model and its share of the windows
   torchrun --nproc-per-node 8 tools/evaluate.py --load runs/tokenformer-124m --data PREFIX
@@ -48,7 +48,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--load", required=True, help="a checkpoint, a folder of them, or a run's folder (then the newest)")
-    add("--data", required=True, nargs="+", metavar="PREFIX", help="datasets, each named without .bin")
+    add(
+        "--data",
+        required=True,
+        action="extend",
+        nargs="+",
+        metavar="PREFIX",
+        help="datasets, each named without .bin; may be given again",
+    )
     add("--max-tokens", type=int, metavar="N", help="only the first N predicted tokens of each dataset")
     config = "(default: as in the checkpoint's config)"
     add("--sequence-length", type=int, metavar="N", help=f"tokens in a window {config}")

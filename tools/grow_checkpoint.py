@@ -109,11 +109,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--data",
         action="append",
         metavar="PREFIX",
-        help="a dataset to measure the loss on, before and after, in fp32; may be given again",
+        help="a dataset to measure the loss on, before and after, in fp32; each takes a --data of its own",
     )
     add("--max-tokens", type=int, metavar="N", help="with --data: only the first N tokens of each")
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)  # overrides may stand anywhere
     refuse_contradictions(given)
     return given
 
@@ -131,6 +131,12 @@ def refuse_contradictions(given: argparse.Namespace) -> None:
             raise UserError(f"{option} is for growth, --shrink takes tokens away; leave one out")
     if given.data and given.dry_run:
         raise UserError("--data measures what was written, --dry-run writes nothing; leave one out")
+    words = [text for text in given.overrides if "=" not in text]
+    if given.data and words:
+        raise UserError(
+            f"'{words[0]}' is neither an option nor section.key=value; if it is a dataset, it takes a --data "
+            f"of its own: --data {given.data[-1]} --data {words[0]}"
+        )
     if given.max_tokens is not None and not given.data:
         raise UserError("--max-tokens goes with --data; it says how much of it is read")
     if given.no_verify and not given.link:
@@ -215,10 +221,11 @@ def print_losses(opened: Evaluation, before: list[Score], path: Path) -> list[di
 
 def tell_how_to_measure(target: RunConfig, source: Path, path: str) -> None:
     """Print the commands that tell what the change of the function cost."""
-    data = [prefix for _, prefix in target.data.validation] or ["PREFIX"]
+    prefixes = [prefix for _, prefix in target.data.validation] or ["PREFIX"]
+    data = [word for prefix in prefixes for word in ("--data", prefix)]
     print("what it cost:")
     for load in (str(source), path):
-        print(f"  python tools/evaluate.py {shlex.join(['--load', load, '--data', *data])}")
+        print(f"  python tools/evaluate.py {shlex.join(['--load', load, *data])}")
 
 
 def tell_next_stage(given: argparse.Namespace, target: RunConfig) -> None:

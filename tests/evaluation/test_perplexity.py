@@ -202,6 +202,8 @@ def test_bits_per_byte_are_those_of_the_text_and_in_proportion_for_a_part(
     assert rows[0]["bits_per_byte"] == pytest.approx(bits[0] / 1_234, rel=1e-6)
     assert told["bits_per_byte"] == pytest.approx(sum(bits) / (1_234 + 4_321), rel=1e-6)
     assert told["val_loss"] == pytest.approx(sum(bits) * math.log(2) / 800, rel=1e-6)
+    again = evaluate_json(capsys, "--load", trained.run_dir, "--data", one, "--data", two)
+    assert again == told, "each dataset may have a --data of its own"
     part = evaluate_json(capsys, "--load", trained.run_dir, "--data", one, "--max-tokens", "75")
     loss, _ = plain_loss(path, one, LENGTH, 75)
     assert part["bits_per_byte"] == pytest.approx(loss / math.log(2) * 300 / 1_234, rel=1e-6)
