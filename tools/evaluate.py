@@ -70,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="of weights and activations; auto: bf16 on a GPU, fp32 without one (default)",
     )
+    add("--verify", action="store_true", help="first read the whole checkpoint and compare its hashes")
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
     return parser.parse_args(argv)
@@ -117,10 +118,10 @@ def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluat
 
     reading = {key: getattr(given, key) for key in READING}
     if layout is None:
-        return open_evaluation(given.load, given.data, **reading)
+        return open_evaluation(given.load, given.data, given.verify, **reading)
     from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
 
-    path = from_main_rank(lambda: open_evaluation(given.load, given.data, **reading).path)
+    path = from_main_rank(lambda: open_evaluation(given.load, given.data, given.verify, **reading).path)
     opened: list[Evaluation] = []
     on_all_ranks(lambda: opened.append(open_evaluation(path, given.data, **reading)))
     return opened[0]

@@ -20,11 +20,12 @@ from typing import Any
 
 from megatron_tokenformer.checkpoint import grow, shrink
 from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
-from megatron_tokenformer.checkpoint.manifest import read_manifest
+from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.checkpoint.resize import check_space
 from megatron_tokenformer.checkpoint.resize_report import describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
+from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
@@ -146,8 +147,8 @@ def refuse_contradictions(given: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Grow or shrink, and print what was done and how to go on."""
     given = parse(argv)
-    source, _ = first_good(find_checkpoints(given.load))
-    target = target_config(given, source)
+    source, manifest = first_good(find_checkpoints(given.load), check_stored)
+    target = target_config(given, source, manifest)
     plan = make_plan(given, source, target)
     figures = describe(plan)
     if given.dry_run:
@@ -192,17 +193,18 @@ def carry_out(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
     return {**figures, "path": str(path), "seconds": round(time.perf_counter() - start, 3)}
 
 
-def target_config(given: argparse.Namespace, source: Path) -> RunConfig:
+def target_config(given: argparse.Namespace, source: Path, manifest: Manifest) -> RunConfig:
     """The run config of the grown model: the one given, or the checkpoint's own with more tokens."""
     if given.config:
         return load_config(given.config, given.overrides)
-    stored = read_manifest(source).config
-    before = validate(RunConfig, stored, str(source)).model
+    own = stored_config(source, manifest)
+    before = own.model
     if given.tokens:
         tokens = parse_tokens(given.tokens, before.tokens)
     else:
         tokens = tokens_for(before, parse_count(given.target_params), given.shrink)
-    tree = merge(stored, {"model": {"tokens": tokens.model_dump()}, "checkpoint": {"load": str(given.save)}})
+    changes = {"model": {"tokens": tokens.model_dump()}, "checkpoint": {"load": str(given.save.absolute())}}
+    tree = merge(own.model_dump(mode="json"), changes)
     for text in given.overrides:
         merge(tree, parse_override(text))
     return validate(RunConfig, tree, str(source))

@@ -17,7 +17,7 @@ from megatron_tokenformer.checkpoint.inspection import (
     tensor_rows,
 )
 from megatron_tokenformer.checkpoint.manifest import Manifest
-from megatron_tokenformer.errors import UserError, run_cli
+from megatron_tokenformer.errors import UserError, printable, run_cli
 
 EXAMPLE = """examples:
   python tools/inspect_checkpoint.py runs/124m                                   # lists its checkpoints
@@ -117,8 +117,8 @@ def print_checkpoint(found: Inspection, tensors: bool) -> None:
         "spent": f"{manifest.totals['tokens']:,.0f} tokens, {manifest.totals['flops']:.3g} FLOPs",
         "parameters": f"{count_parameters(manifest):,}, as {', '.join(manifest.states)} in fp32",
         "written by": _value(manifest.layout or "unknown"),
-        "tau": ", ".join(f"{_plain(role)} {_course(tau)}" for role, tau in manifest.taus.items()),
-        "tokenizer": _plain(manifest.tokenizer or "unknown"),
+        "tau": ", ".join(f"{printable(role)} {_course(tau)}" for role, tau in manifest.taus.items()),
+        "tokenizer": printable(manifest.tokenizer or "unknown"),
     }
     for key, value in facts.items():
         print(f"  {key:<11}{value}")
@@ -126,7 +126,7 @@ def print_checkpoint(found: Inspection, tensors: bool) -> None:
         there = manifest.config.get(section, {})
         print(f"  {section:<11}" + ", ".join(f"{key} {_value(there[key])}" for key in keys if key in there))
     for prefix, count in manifest.source_tokens.items():
-        print(f"  data source {_plain(prefix)}, {count:,} tokens")
+        print(f"  data source {printable(prefix)}, {count:,} tokens")
     print_history(manifest.history)
     print_tensors(manifest, tensors)
     print_shards(manifest)
@@ -138,13 +138,13 @@ def print_history(history: list[dict[str, Any]]) -> None:
         print(f"  growth {number}: {_value(entry.get('time'))} from {_value(entry.get('from'))}")
         before = {key.removesuffix("_before"): key for key in entry if key.endswith("_before")}
         for name, key in before.items():
-            print(f"    {_plain(name)} {_value(entry[key])} -> {_value(entry.get(f'{name}_after'))}")
+            print(f"    {printable(name)} {_value(entry[key])} -> {_value(entry.get(f'{name}_after'))}")
         rest = {
             key: value
             for key, value in entry.items()
             if key not in ("time", "from", "norms") and not key.endswith(("_before", "_after"))
         }
-        print("    " + ", ".join(f"{_plain(key)} {_value(value)}" for key, value in rest.items()))
+        print("    " + ", ".join(f"{printable(key)} {_value(value)}" for key, value in rest.items()))
 
 
 def print_tensors(manifest: Manifest, each: bool) -> None:
@@ -161,7 +161,7 @@ def print_shards(manifest: Manifest) -> None:
     """The files that hold the tensors."""
     rows = [("shard", "bytes", "intervals", "hash")]
     for shard in manifest.shards[:SHOWN_SHARDS]:
-        rows.append((shard.file, f"{shard.size:,}", f"{len(shard.intervals):,}", _plain(shard.hash)))
+        rows.append((shard.file, f"{shard.size:,}", f"{len(shard.intervals):,}", printable(shard.hash)))
     _print_table(rows)
     if len(manifest.shards) > SHOWN_SHARDS:
         print(f"  and {len(manifest.shards) - SHOWN_SHARDS:,} more shards (--json lists them)")
@@ -190,16 +190,10 @@ def _course(tau: dict[str, float]) -> str:
 def _value(value: object) -> str:
     """What a manifest holds of any kind, on one line."""
     if isinstance(value, dict):
-        return "/".join(f"{_plain(key)}={_value(item)}" for key, item in value.items())
+        return "/".join(f"{printable(key)}={_value(item)}" for key, item in value.items())
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if value >= 10_000 else str(value)
-    return f"{value:.6g}" if isinstance(value, float) else _plain("none" if value is None else value)
-
-
-def _plain(value: object) -> str:
-    """Text of a file that may be anyone's, without characters that would command the terminal."""
-    text = str(value)
-    return text if text.isprintable() else ascii(text)
+    return f"{value:.6g}" if isinstance(value, float) else printable("none" if value is None else value)
 
 
 if __name__ == "__main__":

@@ -84,4 +84,4 @@ def plan_growth(
         for name, shape in full_shapes(target.model).items()
         if list(shape) != old.shapes[name]
     ]
-    return GrowthPlan(source, folder, old, before, target, rule, added, link, verify)
+    return GrowthPlan(source.absolute(), folder, old, before, target, rule, added, link, verify)

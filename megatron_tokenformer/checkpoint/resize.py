@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest, Shard, read_manifest
-from megatron_tokenformer.checkpoint.stored_model import stored_model
+from megatron_tokenformer.checkpoint.stored_model import stored_config
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
@@ -31,6 +31,7 @@ class ResizePlan:
     """A checkpoint, and what it shall become."""
 
     source: Path
+    """absolute, as the history tells it to readers anywhere"""
     folder: Path
     """where the new checkpoint goes, beside `latest`"""
     old: Manifest
@@ -62,10 +63,10 @@ def read_source(source: Path) -> tuple[Manifest, Model]:
     """The manifest of the checkpoint to begin with, and the model in it.
 
     Raises:
-        UserError: the manifest is damaged.
+        UserError: the manifest, or the config in it, is damaged.
     """
     old = read_manifest(source)
-    return old, stored_model(source, old)
+    return old, stored_config(source, old).model
 
 
 def refuse_a_runs_folder(folder: Path, verb: str) -> None:

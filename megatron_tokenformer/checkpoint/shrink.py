@@ -79,7 +79,7 @@ def plan_shrink(source: Path, target: RunConfig, folder: Path, rule: Shrinking) 
     old, before = read_source(source)
     check_shrink(before, target.model)
     refuse_a_runs_folder(folder, ShrinkPlan.verb)
-    return ShrinkPlan(source, folder, old, before, target, rule)
+    return ShrinkPlan(source.absolute(), folder, old, before, target, rule)
 
 
 def carry_out(plan: ShrinkPlan) -> tuple[Path, Manifest]:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
-from megatron_tokenformer.checkpoint.stored_model import stored_model
+from megatron_tokenformer.checkpoint.stored_model import stored_config
 from megatron_tokenformer.config.schema import Precision
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
@@ -41,7 +41,7 @@ def load_model(path: Path, manifest: Manifest, precision: Precision, device: tor
         UserError: the tensors are not those of the config's model, or a shard is not what the manifest says.
     """
     with torch.device("meta"):  # nothing is initialised only to be overwritten
-        model = LanguageModel(stored_model(path, manifest))
+        model = LanguageModel(stored_config(path, manifest).model)
     model = model.to(DTYPES[resolve(precision, device)]).to_empty(device=device).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         for first, values in read_blocks(path, manifest, name, WEIGHT, BLOCK_ELEMENTS):

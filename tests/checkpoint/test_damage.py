@@ -130,6 +130,24 @@ STRUCTURE: dict[str, tuple[Damage, str]] = {
     "larger than any": (sparse_manifest, f"more than {MANIFEST_BYTES}"),
     "a pipe": (pipe_for_manifest, "is not a file"),
     "another version": (changed("version", 2), "format version 2; this program reads 1"),
+    "a version that commands terminals": (changed("version", "\x1b[2J"), r"version \\x1b\[2J; this"),
+    "a history of other tokens": (
+        changed("history", [{}, {"tokens_before": 3}]),
+        r"history\.1\.tokens_before: Input should be",
+    ),
+    "a history of words": (
+        changed("history", [{"tokens_before": {"qkv": "16", "output": 16, "ffn": 64}}]),
+        r"history\.0\.tokens_before\.qkv: Input should be a valid integer",
+    ),
+    "a history below 1": (
+        changed("history", [{"tokens_before": {"qkv": -16, "output": 16, "ffn": 64}}]),
+        r"history\.0\.tokens_before\.qkv: Input should be greater",
+    ),
+    "a history without a role": (
+        changed("history", [{"tokens_before": {"qkv": 16}}]),
+        r"history\.0\.tokens_before\.output: Field required",
+    ),
+    "a history of another kind": (changed("history", [{"kind": 5}]), r"history\.0\.kind: Input should be"),
     "NaN": (in_place_of_manifest('"flops": 0.0', '"flops": NaN'), "NaN is not a finite number"),
     "infinity": (in_place_of_manifest('"flops": 0.0', '"flops": 1e999'), "1e999 is not a finite number"),
     "a negative total": (changed("totals", {"tokens": -1, "flops": 0}), "totals are"),

@@ -15,9 +15,10 @@ import torch
 from benchmarks.growth import write_checkpoint
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
-from megatron_tokenformer.config.load import dump_config, load_config
+from megatron_tokenformer.config.load import dump_config, load_config, merge
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
+from tests.checkpoint.test_damage import edited
 from tests.checkpoint.test_grow import values
 from tests.toy import toy_config
 from tools.grow_checkpoint import main
@@ -71,6 +72,33 @@ def test_of_a_folder_a_damaged_newest_checkpoint_is_passed_over_in_words(
     assert read_manifest(find_checkpoint(grown)).history[-1]["from"] == str(source)
     with pytest.raises(UserError, match="bytes, its manifest says"):
         grow(damaged, "--tokens", LARGER)
+
+
+@pytest.mark.parametrize("config", [{"zzz\x1b": 1}, {"model": {"layers": "two"}}, {"model": {"layers": 3}}])
+def test_a_config_that_is_damaged_is_the_checkpoints_fault_and_the_one_before_is_taken(
+    source: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = source.with_name("step-00000020")
+    shutil.copytree(source, damaged)
+    edited(lambda stored: merge(stored["config"], config))(damaged)
+    with pytest.raises(UserError, match=f"checkpoint {damaged} is damaged: it") as refused:
+        grow(damaged, "--tokens", LARGER)
+    assert refused.value.exit_code == 1 and str(refused.value).isprintable()
+    (source.parent / "latest").write_text(f"{damaged.name}\n")
+    folder = source.parents[2] / "grown"
+    assert main(["--load", str(source.parent), "--save", str(folder), "--tokens", LARGER]) == 0
+    assert f"warning: passing over {damaged}: {refused.value}" in capsys.readouterr().out
+    assert_grown(source, find_checkpoint(folder))
+
+
+def test_places_are_written_down_for_readers_in_other_folders(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parents[2])
+    assert main(["--load", "run", "--save", "grown", "--tokens", LARGER, "run_dir=next"]) == 0
+    folder = source.parents[2] / "grown"
+    assert read_manifest(find_checkpoint(folder)).history[-1]["from"] == str(source)
+    assert load_config(folder / "config.yaml").checkpoint.load == str(folder)
 
 
 def test_target_params_prints_the_counts_that_it_chose(
