@@ -21,7 +21,7 @@ from typing import Any
 from megatron_tokenformer.checkpoint import grow, shrink
 from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
 from megatron_tokenformer.checkpoint.manifest import Manifest
-from megatron_tokenformer.checkpoint.resize import check_space
+from megatron_tokenformer.checkpoint.resize import check_space, check_writable
 from megatron_tokenformer.checkpoint.resize_report import describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
@@ -35,18 +35,18 @@ from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.evaluation.perplexity import Evaluation, Score, evaluate, open_evaluation
 
 EPILOG = """\
-example:
+examples:
   python tools/grow_checkpoint.py --load runs/124m/checkpoints --config configs/tokenformer-354m.yaml \\
       --save runs/354m/init
   deepspeed --module megatron_tokenformer.training.pretrain --config configs/tokenformer-354m.yaml \\
       run_dir=runs/354m checkpoint.load=runs/354m/init
 
   # no config for the next size: the rest is then the checkpoint's own config, written to SAVE/config.yaml
-  python tools/grow_checkpoint.py --load runs/124m --target-params 757M --save runs/757m/init \
+  python tools/grow_checkpoint.py --load runs/124m --target-params 757M --save runs/757m/init \\
       run_dir=runs/757m
 
   # what it would take, without writing anything
-  python tools/grow_checkpoint.py --load runs/124m --tokens qkv=2144,output=2144,ffn=8576 \
+  python tools/grow_checkpoint.py --load runs/124m --tokens qkv=2144,output=2144,ffn=8576 \\
       --save runs/354m/init --dry-run
 
   # back to fewer tokens, and what that costs on a million tokens
@@ -54,7 +54,8 @@ example:
       run_dir=runs/200m --data data/pile-validation_text_document --max-tokens 1000000
 
 Adam's step count is carried with the moments, so bias correction does not help the new rows: warm the
-learning rate up again in the next stage (optimizer.warmup_steps).
+learning rate up again in the next stage (optimizer.warmup_steps).  There optimizer.old_token_lr_scale slows
+the old tokens, or with 0 freezes them.
 """
 OF_GROWTH = (
     *("keys", "values", "tau", "tau_steps", "old_token_noise", "allow_inexact"),
@@ -130,6 +131,12 @@ def refuse_contradictions(given: argparse.Namespace) -> None:
         if of_growth:
             option = f"--{of_growth[0].replace('_', '-')}"
             raise UserError(f"{option} is for growth, --shrink takes tokens away; leave one out")
+    if given.values == "zero" and given.keys != "normal":
+        raise UserError("--values zero with zero keys never learns; --keys normal goes with it")
+    if given.tau == "anneal" and given.tau_steps is None:
+        raise UserError("--tau anneal needs --tau-steps N, the steps of the next stage that it takes")
+    if given.tau != "anneal" and given.tau_steps is not None:
+        raise UserError(f"--tau-steps {given.tau_steps} goes with --tau anneal; it says how long that takes")
     if given.data and given.dry_run:
         raise UserError("--data measures what was written, --dry-run writes nothing; leave one out")
     words = [text for text in given.overrides if "=" not in text]
@@ -150,10 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     source, manifest = first_good(find_checkpoints(given.load), check_stored)
     target = target_config(given, source, manifest)
     plan = make_plan(given, source, target)
+    check_writable(plan)
     figures = describe(plan)
     if given.dry_run:
         report(plan, figures)
-        check_space(plan, plan.new_bytes if given.shrink else plan.needed_bytes(plan.links))
+        check_space(plan, plan.new_bytes if given.shrink else plan.needed_bytes(plan.will_link))
     else:
         # First, so that a mistake in the data costs nothing; in fp32, for growth changes the loss by nothing.
         opened = open_evaluation(source, given.data, max_tokens=given.max_tokens) if given.data else None

@@ -26,7 +26,7 @@ EXAMPLE = """examples:
 
 Manifests, sizes and structure are always checked; --verify reads all files and compares their hashes.
 
-exit codes: 0 sound, 1 damaged (with file and reason), 2 wrong usage or no checkpoint
+exit codes: 0 sound, 1 damaged (with file and reason), 2 wrong usage or no complete checkpoint
 """
 CONFIG_KEYS = {
     "model": (
@@ -43,6 +43,8 @@ CONFIG_KEYS = {
     "optimizer": ("lr", "schedule", "warmup_steps"),
 }
 SHOWN_SHARDS = 16
+MEANS = {"norms": "norm", "reach": "|K| |V|"}
+"""what the history tells by role, as means over all layers"""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -70,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     damages = [damage for inspection in found for damage in inspection.damages]
     for damage in damages:
         print(f"DAMAGED: {damage}")
-    if not damages:
+    complete = [inspection for inspection in found if inspection.kind == "checkpoint"]
+    if complete and not damages:
         left_out = "" if given.verify else " (files were not read; --verify compares their hashes)"
         print(
             f"sound: manifests, sizes and intervals agree{' and so do hashes' if given.verify else left_out}"
@@ -81,7 +84,17 @@ def main(argv: list[str] | None = None) -> int:
     if damages:
         more = f" (and {len(damages) - 1} more)" if len(damages) > 1 else ""
         raise UserError(f"{damages[0]}{more}", exit_code=1)
+    if not complete:
+        raise UserError(f"nothing complete at {given.path}: {what_is_left(found)}")
     return 0
+
+
+def what_is_left(found: list[Inspection]) -> str:
+    """Where no checkpoint is complete: what there is, and what becomes of it."""
+    spared = [inspection.path.name for inspection in found if inspection.manifest]
+    if spared:
+        return f"{spared[-1]} is, but was set aside; a run that starts there gives it its name back"
+    return ", ".join(f"{inspection.path.name} ({inspection.kind})" for inspection in found)
 
 
 def print_folder(found: list[Inspection]) -> None:
@@ -133,18 +146,24 @@ def print_checkpoint(found: Inspection, tensors: bool) -> None:
 
 
 def print_history(history: list[dict[str, Any]]) -> None:
-    """The growths that led here, first to last; entries may hold anything."""
+    """The growths and shrinkings that led here, first to last; entries may hold anything."""
     for number, entry in enumerate(history, start=1):
-        print(f"  growth {number}: {_value(entry.get('time'))} from {_value(entry.get('from'))}")
+        time, source = _value(entry.get("time")), _value(entry.get("from"))
+        print(f"  {entry.get('kind', 'growth')} {number}: {time} from {source}")
         before = {key.removesuffix("_before"): key for key in entry if key.endswith("_before")}
         for name, key in before.items():
             print(f"    {printable(name)} {_value(entry[key])} -> {_value(entry.get(f'{name}_after'))}")
         rest = {
             key: value
             for key, value in entry.items()
-            if key not in ("time", "from", "norms") and not key.endswith(("_before", "_after"))
+            if key not in ("kind", "time", "from", *MEANS) and not key.endswith(("_before", "_after"))
         }
-        print("    " + ", ".join(f"{printable(key)} {_value(value)}" for key, value in rest.items()))
+        print(f"    {_pairs(rest)}")
+        for key, what in MEANS.items():
+            roles = entry.get(key)
+            for role, means in roles.items() if isinstance(roles, dict) else ():
+                told = _pairs(means) if isinstance(means, dict) else _value(means)
+                print(f"    mean {what}, {printable(role)}: {told.replace('_', ' ')}")
 
 
 def print_tensors(manifest: Manifest, each: bool) -> None:
@@ -185,6 +204,10 @@ def _number(value: float | None) -> str:
 def _course(tau: dict[str, float]) -> str:
     to = f" -> {tau['end']:.4f} over {tau['steps']:.0f} steps" if tau["steps"] else ""
     return f"{tau['start']:.4f}{to}"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{printable(key)} {_value(value)}" for key, value in values.items())
 
 
 def _value(value: object) -> str:

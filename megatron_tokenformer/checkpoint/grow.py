@@ -18,13 +18,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
+from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, OldRows, plan_growth
 from megatron_tokenformer.checkpoint.manifest import (
     WEIGHT,
     Interval,
@@ -58,7 +57,7 @@ class Grown:
 
     path: Path
     manifest: Manifest
-    old_rows: Literal["linked", "copied"]
+    old_rows: OldRows
 
 
 def grow(source: Path, target: RunConfig, folder: Path, rule: Growth) -> tuple[Path, Manifest]:
@@ -87,8 +86,8 @@ def carry_out(plan: GrowthPlan) -> Grown:
         linked = plan.link and _link_or_tell(plan, folder)
         return _write_grown(plan, folder, linked)
 
-    path, manifest = write_whole(plan, plan.needed_bytes(plan.links), write)
-    return Grown(path, manifest, "linked" if linked else "copied")
+    path, manifest = write_whole(plan, plan.needed_bytes(plan.will_link), write)
+    return Grown(path, manifest, "copied" if plan.old_rows == "linked" and not linked else plan.old_rows)
 
 
 def _write_grown(plan: GrowthPlan, folder: Path, linked: bool) -> Manifest:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,16 +81,31 @@ def refuse_a_runs_folder(folder: Path, verb: str) -> None:
         raise UserError(f"{folder} holds {others[-1]}, so it is a run's; {verb} into a folder of its own")
 
 
-def check_space(plan: ResizePlan, bytes: int) -> None:
+def check_writable(plan: ResizePlan) -> None:
+    """Refuse a folder in which no file can be made.
+
+    Raises:
+        UserError: says where, and why.
+    """
+    folder = _nearest_folder(plan.folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # rights do not tell: root has all, even in /proc
+            pass
+    except OSError as error:
+        why = f"nothing can be written in {folder} ({error.strerror}); give another --save"
+        raise UserError(f"cannot {plan.verb} {plan.source} into {plan.folder}: {why}", exit_code=1) from None
+
+
+def check_space(plan: ResizePlan, size: int) -> None:
     """Refuse what the disk has no room for.
 
     Args:
-        bytes: that the new checkpoint takes.
+        size: bytes that the new checkpoint takes.
 
     Raises:
         UserError: with what is needed and what is free.
     """
-    needed, free = bytes + SPARE_BYTES, plan.free_bytes
+    needed, free = size + SPARE_BYTES, plan.free_bytes
     if needed > free:
         raise UserError(
             f"cannot {plan.verb} {plan.source} into {plan.folder}: it takes {in_bytes(needed)}, and there "

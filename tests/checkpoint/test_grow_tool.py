@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -136,6 +137,9 @@ def test_without_a_config_the_next_stage_gets_the_checkpoints_own(source: Path) 
         (["--tokens", LARGER, "--no-verify"], "--no-verify goes with --link"),
         (["--tokens", LARGER, "--link", "--optimizer", "reset"], "leave one out"),
         (["--tokens", LARGER, "--link", "--old-token-noise", "0.1"], "leave one out"),
+        (["--tokens", LARGER, "--tau-steps", "5"], "--tau-steps 5 goes with --tau anneal"),
+        (["--tokens", LARGER, "--tau", "anneal"], "--tau anneal needs --tau-steps N"),
+        (["--tokens", LARGER, "--values", "zero"], "--values zero with zero keys never learns"),
         (["--tokens", "ffn=65", "parallel.tensor=2"], "model.tokens.ffn=65 is not divisible"),
     ],
 )
@@ -143,6 +147,26 @@ def test_what_cannot_be_meant_is_refused(source: Path, words: list[str], told: s
     with pytest.raises(UserError, match=told):
         grow(source, *words)
     assert not (source.parents[2] / "grown").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "{source}/manifest.json/x"])
+def test_a_folder_that_takes_no_files_is_told_as_such(source: Path, folder: str) -> None:
+    folder = folder.format(source=source)
+    with pytest.raises(
+        UserError, match=f"into {folder}: nothing can be written in {Path(folder).parent} "
+    ) as told:
+        main(["--load", str(source), "--save", folder, "--tokens", LARGER, "--dry-run"])
+    assert told.value.exit_code == 1
+
+
+def test_every_example_of_the_help_is_a_line_or_goes_on_with_a_backslash(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.split("examples:")[1].splitlines()
+    for before, line in itertools.pairwise(lines):
+        assert line.startswith("      ") == before.endswith("\\"), line
 
 
 @pytest.mark.parametrize("words", [[], ["--tokens", LARGER, "--target-params", "1M"]])
@@ -225,7 +249,9 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
     old = sum(f.stat().st_size for f in path.glob("rank-*"))
     for promised, size in ((told["bytes_new"], new.stat().st_size), (told["bytes_old"], old)):
         assert abs(promised - size) < 0.1 * size, "all but the headers"
-    assert done["old_rows"] == ("linked" if "--link" in options else "copied")
+    assert done["old_rows"] == {"--link": "linked", "--optimizer": "rewritten"}.get(
+        "".join(options[:1]), "copied"
+    )
 
 
 @pytest.mark.parametrize(
