@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import in_words, run_cli
-from megatron_tokenformer.parallel.environment import find_processes
+from megatron_tokenformer.parallel.environment import find_processes, resolve_precision, tell
 from megatron_tokenformer.quiet import quiet_imports
-from megatron_tokenformer.training.pretrain import tell
 
 if TYPE_CHECKING:
     from megatron_tokenformer.evaluation.perplexity import Evaluation, Score
@@ -95,12 +94,12 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
             from megatron_tokenformer.parallel import layout as layouts
         layout = layouts.start(Parallel(), processes)
     # torch takes a second, so --help does without.
-    from megatron_tokenformer.evaluation.load import one_device, resolve
+    from megatron_tokenformer.evaluation.load import one_device
     from megatron_tokenformer.evaluation.perplexity import evaluate
 
     opened = open_everywhere(given, layout)
     device = layout.device if layout else one_device()
-    given.precision = resolve(given.precision, device)
+    given.precision = resolve_precision(given.precision, device.type)
     scores = evaluate(opened, given.precision, layout)
     if layout is None or layout.is_main:
         report(given, opened, scores)

@@ -32,11 +32,12 @@ from megatron_tokenformer.checkpoint.manifest import (
 )
 from megatron_tokenformer.checkpoint.resize import check_space, new_manifest, write_whole
 from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, verify_shard, write_shard
-from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, is_token
+from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms
 from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.model.initialization import normal_row_blocks, normal_rows
 from megatron_tokenformer.model.language_model import full_shapes, initial_std
+from megatron_tokenformer.model.names import is_key, is_token
 from megatron_tokenformer.model.tau import (
     ROLES,
     Taus,
@@ -190,7 +191,7 @@ def _new_rows(path: Path, plan: GrowthPlan, norms: TokenNorms) -> Shard:
 
     def blocks() -> Iterator[Tensor]:
         for new in tqdm(plan.added, unit="tensor", desc="new rows", disable=None):
-            start = plan.rule.keys if new.name.endswith("key_tokens") else plan.rule.values
+            start = plan.rule.keys if is_key(new.name) else plan.rule.values
             for state in plan.states:
                 if state == WEIGHT and start == "normal":
                     std = initial_std(model, new.name)

@@ -33,10 +33,11 @@ from megatron_tokenformer.checkpoint.resize import (
     write_whole,
 )
 from megatron_tokenformer.checkpoint.shards import verify_shard, write_shard
-from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, mean, role_of
+from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, mean
 from megatron_tokenformer.config.growth import Shrinking, check_shrink
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.model.names import is_key, role_of, values_of
 from megatron_tokenformer.model.tau import ROLES, Taus, constant_tau, taus_from_json
 
 BLOCK_ELEMENTS = 1024 * 1024
@@ -130,8 +131,8 @@ def choose(plan: ShrinkPlan) -> Choice:
     kept: dict[str, np.ndarray] = {}
     reaches: dict[str, dict[str, list[np.ndarray]]] = {r: {"kept": [], "dropped": []} for r in ROLES}
     exact = plan.before.score_norm != "softmax"
-    for keys in filter(lambda name: name.endswith("key_tokens"), old.shapes):
-        values, role = keys.removesuffix("key_tokens") + "value_tokens", role_of(keys)
+    for keys in filter(is_key, old.shapes):
+        values, role = values_of(keys), role_of(keys)
         reach = norms.of(keys) * norms.of(values)
         order = np.argsort(-reach, kind="stable")
         stay, go = np.split(order, [getattr(tokens, role)])

@@ -9,9 +9,8 @@ import numpy as np
 
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Shard
 from megatron_tokenformer.checkpoint.shards import check_header
+from megatron_tokenformer.model.names import is_key, is_token, role_of
 from megatron_tokenformer.model.tau import ROLES
-
-KINDS = {"key_tokens": "keys", "value_tokens": "values"}
 
 
 class TokenNorms:
@@ -61,7 +60,7 @@ class TokenNorms:
         """
         norms: dict[str, dict[str, list[np.ndarray]]] = {role: {} for role in ROLES}
         for name in self._squares:
-            rows, kind = self.of(name), KINDS[name.rsplit(".", 1)[1]]
+            rows, kind = self.of(name), "keys" if is_key(name) else "values"
             old = norms[role_of(name)].setdefault(f"old_{kind}", [])
             new = norms[role_of(name)].setdefault(f"new_{kind}", [])
             old += [rows[: old_rows[name]]] if read else []
@@ -91,17 +90,6 @@ class ShardReader:
                 values = np.frombuffer(block[first - self._place : last - self._place], dtype="<f4")
                 self._norms.add(interval.name, interval.start + (first - start) // 4, values)
         self._place = end
-
-
-def is_token(name: str) -> bool:
-    """Whether a parameter's rows are parameter tokens."""
-    return name.rsplit(".", 1)[-1] in KINDS
-
-
-def role_of(name: str) -> str:
-    """The key of `model.tokens` that counts the rows of this parameter."""
-    part = name.split(".")[-2]
-    return part if part in ROLES else "qkv"
 
 
 def mean(parts: list[np.ndarray]) -> float | None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from megatron_tokenformer.checkpoint.engine_state import fragments
 from megatron_tokenformer.checkpoint.manifest import Manifest
-from megatron_tokenformer.checkpoint.token_norms import is_token, role_of
 from megatron_tokenformer.config.schema import Optimizer
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters
+from megatron_tokenformer.model.names import is_token, role_of
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.optimizer import StretchedAdamW
 

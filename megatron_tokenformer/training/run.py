@@ -14,7 +14,7 @@ from megatron_tokenformer.checkpoint.shards import verify_checkpoint
 from megatron_tokenformer.checkpoint.stored_model import differing_shape
 from megatron_tokenformer.config.schema import Model, RunConfig, check_world
 from megatron_tokenformer.data.batches import Blend, open_blend
-from megatron_tokenformer.data.documents import end_of_document_id
+from megatron_tokenformer.data.documents import needed_eod_id
 from megatron_tokenformer.data.pair import Identity
 from megatron_tokenformer.data.provenance import (
     TokenizerRecord,
@@ -152,13 +152,8 @@ def find_eod_id(config: RunConfig) -> int | None:
         UserError: it is needed, not given, and the datasets do not tell it or do not agree.
     """
     data = config.data
-    options = {"isolate_documents": data.isolate_documents, "eod_mask_loss": data.eod_mask_loss}
-    needed_by = next((f"data.{key}" for key, on in options.items() if on), None)
-    if needed_by is None:
-        return None
-    if data.eod_id is not None:
-        return data.eod_id
-    return end_of_document_id([prefix for _, prefix in (*data.train, *data.validation)], needed_by)
+    prefixes = [prefix for _, prefix in (*data.train, *data.validation)]
+    return needed_eod_id(prefixes, data.isolate_documents, data.eod_mask_loss, data.eod_id)
 
 
 def find_restore_point(config: RunConfig, tokenizer: TokenizerRecord | None) -> tuple[Path, Manifest] | None:
