@@ -26,6 +26,12 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+def printable(value: object) -> str:
+    """Text that may be anyone's, without characters that would command the terminal."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def in_words(error: Exception) -> UserError:
     """The error to tell a user for this one; what can only be a bug of ours is raised again as it is."""
     if isinstance(error, UserError):

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import in_words, run_cli
-from megatron_tokenformer.parallel.environment import find_processes
+from megatron_tokenformer.parallel.environment import find_processes, resolve_precision, tell
 from megatron_tokenformer.quiet import quiet_imports
-from megatron_tokenformer.training.pretrain import tell
 
 if TYPE_CHECKING:
     from megatron_tokenformer.evaluation.perplexity import Evaluation, Score
@@ -30,7 +29,7 @@ examples:
 
   # the components of the Pile, split by preprocess_data.py --split-by: a row for each, and the total
   python tools/evaluate.py --load runs/tokenformer-124m/checkpoints/step-00010000 \\
-      --data data/val_arxiv_text_document data/val_github_text_document --json
+      --data data/val_arxiv_text_document --data data/val_github_text_document --json
 
   # on 8 GPUs, each with the whole model and its share of the windows
   torchrun --nproc-per-node 8 tools/evaluate.py --load runs/tokenformer-124m --data PREFIX
@@ -48,7 +47,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--load", required=True, help="a checkpoint, a folder of them, or a run's folder (then the newest)")
-    add("--data", required=True, nargs="+", metavar="PREFIX", help="datasets, each named without .bin")
+    add(
+        "--data",
+        required=True,
+        action="extend",
+        nargs="+",
+        metavar="PREFIX",
+        help="datasets, each named without .bin; may be given again",
+    )
     add("--max-tokens", type=int, metavar="N", help="only the first N predicted tokens of each dataset")
     config = "(default: as in the checkpoint's config)"
     add("--sequence-length", type=int, metavar="N", help=f"tokens in a window {config}")
@@ -63,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="of weights and activations; auto: bf16 on a GPU, fp32 without one (default)",
     )
+    add("--verify", action="store_true", help="first read the whole checkpoint and compare its hashes")
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
     return parser.parse_args(argv)
@@ -87,12 +94,12 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
             from megatron_tokenformer.parallel import layout as layouts
         layout = layouts.start(Parallel(), processes)
     # torch takes a second, so --help does without.
-    from megatron_tokenformer.evaluation.load import one_device, resolve
+    from megatron_tokenformer.evaluation.load import one_device
     from megatron_tokenformer.evaluation.perplexity import evaluate
 
     opened = open_everywhere(given, layout)
     device = layout.device if layout else one_device()
-    given.precision = resolve(given.precision, device)
+    given.precision = resolve_precision(given.precision, device.type)
     scores = evaluate(opened, given.precision, layout)
     if layout is None or layout.is_main:
         report(given, opened, scores)
@@ -110,10 +117,10 @@ def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluat
 
     reading = {key: getattr(given, key) for key in READING}
     if layout is None:
-        return open_evaluation(given.load, given.data, **reading)
+        return open_evaluation(given.load, given.data, given.verify, **reading)
     from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
 
-    path = from_main_rank(lambda: open_evaluation(given.load, given.data, **reading).path)
+    path = from_main_rank(lambda: open_evaluation(given.load, given.data, given.verify, **reading).path)
     opened: list[Evaluation] = []
     on_all_ranks(lambda: opened.append(open_evaluation(path, given.data, **reading)))
     return opened[0]

@@ -20,11 +20,12 @@ from typing import Any
 
 from megatron_tokenformer.checkpoint import grow, shrink
 from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
-from megatron_tokenformer.checkpoint.manifest import read_manifest
-from megatron_tokenformer.checkpoint.resize import check_space
+from megatron_tokenformer.checkpoint.manifest import Manifest
+from megatron_tokenformer.checkpoint.resize import check_space, check_writable
 from megatron_tokenformer.checkpoint.resize_report import describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
+from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
@@ -34,18 +35,18 @@ from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.evaluation.perplexity import Evaluation, Score, evaluate, open_evaluation
 
 EPILOG = """\
-example:
+examples:
   python tools/grow_checkpoint.py --load runs/124m/checkpoints --config configs/tokenformer-354m.yaml \\
       --save runs/354m/init
   deepspeed --module megatron_tokenformer.training.pretrain --config configs/tokenformer-354m.yaml \\
       run_dir=runs/354m checkpoint.load=runs/354m/init
 
   # no config for the next size: the rest is then the checkpoint's own config, written to SAVE/config.yaml
-  python tools/grow_checkpoint.py --load runs/124m --target-params 757M --save runs/757m/init \
+  python tools/grow_checkpoint.py --load runs/124m --target-params 757M --save runs/757m/init \\
       run_dir=runs/757m
 
   # what it would take, without writing anything
-  python tools/grow_checkpoint.py --load runs/124m --tokens qkv=2144,output=2144,ffn=8576 \
+  python tools/grow_checkpoint.py --load runs/124m --tokens qkv=2144,output=2144,ffn=8576 \\
       --save runs/354m/init --dry-run
 
   # back to fewer tokens, and what that costs on a million tokens
@@ -53,7 +54,8 @@ example:
       run_dir=runs/200m --data data/pile-validation_text_document --max-tokens 1000000
 
 Adam's step count is carried with the moments, so bias correction does not help the new rows: warm the
-learning rate up again in the next stage (optimizer.warmup_steps).
+learning rate up again in the next stage (optimizer.warmup_steps).  There optimizer.old_token_lr_scale slows
+the old tokens, or with 0 freezes them.
 """
 OF_GROWTH = (
     *("keys", "values", "tau", "tau_steps", "old_token_noise", "allow_inexact"),
@@ -114,11 +116,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--data",
         action="append",
         metavar="PREFIX",
-        help="a dataset to measure the loss on, before and after, in fp32; may be given again",
+        help="a dataset to measure the loss on, before and after, in fp32; each takes a --data of its own",
     )
     add("--max-tokens", type=int, metavar="N", help="with --data: only the first N tokens of each")
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)  # overrides may stand anywhere
     refuse_contradictions(given)
     return given
 
@@ -134,8 +136,20 @@ def refuse_contradictions(given: argparse.Namespace) -> None:
         if of_growth:
             option = f"--{of_growth[0].replace('_', '-')}"
             raise UserError(f"{option} is for growth, --shrink takes tokens away; leave one out")
+    if given.values == "zero" and given.keys != "normal":
+        raise UserError("--values zero with zero keys never learns; --keys normal goes with it")
+    if given.tau == "anneal" and given.tau_steps is None:
+        raise UserError("--tau anneal needs --tau-steps N, the steps of the next stage that it takes")
+    if given.tau != "anneal" and given.tau_steps is not None:
+        raise UserError(f"--tau-steps {given.tau_steps} goes with --tau anneal; it says how long that takes")
     if given.data and given.dry_run:
         raise UserError("--data measures what was written, --dry-run writes nothing; leave one out")
+    words = [text for text in given.overrides if "=" not in text]
+    if given.data and words:
+        raise UserError(
+            f"'{words[0]}' is neither an option nor section.key=value; if it is a dataset, it takes a --data "
+            f"of its own: --data {given.data[-1]} --data {words[0]}"
+        )
     if given.max_tokens is not None and not given.data:
         raise UserError("--max-tokens goes with --data; it says how much of it is read")
     if given.no_verify and not given.link:
@@ -145,13 +159,14 @@ def refuse_contradictions(given: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Grow or shrink, and print what was done and how to go on."""
     given = parse(argv)
-    source, _ = first_good(find_checkpoints(given.load))
-    target = target_config(given, source)
+    source, manifest = first_good(find_checkpoints(given.load), check_stored)
+    target = target_config(given, source, manifest)
     plan = make_plan(given, source, target)
+    check_writable(plan)
     figures = describe(plan)
     if given.dry_run:
         report(plan, figures)
-        check_space(plan, plan.new_bytes if given.shrink else plan.needed_bytes(plan.links))
+        check_space(plan, plan.new_bytes if given.shrink else plan.needed_bytes(plan.will_link))
     else:
         # First, so that a mistake in the data costs nothing; in fp32, for growth changes the loss by nothing.
         opened = open_evaluation(source, given.data, max_tokens=given.max_tokens) if given.data else None
@@ -191,17 +206,18 @@ def carry_out(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
     return {**figures, "path": str(path), "seconds": round(time.perf_counter() - start, 3)}
 
 
-def target_config(given: argparse.Namespace, source: Path) -> RunConfig:
+def target_config(given: argparse.Namespace, source: Path, manifest: Manifest) -> RunConfig:
     """The run config of the grown model: the one given, or the checkpoint's own with more tokens."""
     if given.config:
         return load_config(given.config, given.overrides)
-    stored = read_manifest(source).config
-    before = validate(RunConfig, stored, str(source)).model
+    own = stored_config(source, manifest)
+    before = own.model
     if given.tokens:
         tokens = parse_tokens(given.tokens, before.tokens)
     else:
         tokens = tokens_for(before, parse_count(given.target_params), given.shrink)
-    tree = merge(stored, {"model": {"tokens": tokens.model_dump()}, "checkpoint": {"load": str(given.save)}})
+    changes = {"model": {"tokens": tokens.model_dump()}, "checkpoint": {"load": str(given.save.absolute())}}
+    tree = merge(own.model_dump(mode="json"), changes)
     for text in given.overrides:
         merge(tree, parse_override(text))
     return validate(RunConfig, tree, str(source))
@@ -220,10 +236,11 @@ def print_losses(opened: Evaluation, before: list[Score], path: Path) -> list[di
 
 def tell_how_to_measure(target: RunConfig, source: Path, path: str) -> None:
     """Print the commands that tell what the change of the function cost."""
-    data = [prefix for _, prefix in target.data.validation] or ["PREFIX"]
+    prefixes = [prefix for _, prefix in target.data.validation] or ["PREFIX"]
+    data = [word for prefix in prefixes for word in ("--data", prefix)]
     print("what it cost:")
     for load in (str(source), path):
-        print(f"  python tools/evaluate.py {shlex.join(['--load', load, '--data', *data])}")
+        print(f"  python tools/evaluate.py {shlex.join(['--load', load, *data])}")
 
 
 def tell_next_stage(given: argparse.Namespace, target: RunConfig) -> None:

@@ -17,7 +17,7 @@ from megatron_tokenformer.checkpoint.inspection import (
     tensor_rows,
 )
 from megatron_tokenformer.checkpoint.manifest import Manifest
-from megatron_tokenformer.errors import UserError, run_cli
+from megatron_tokenformer.errors import UserError, printable, run_cli
 
 EXAMPLE = """examples:
   python tools/inspect_checkpoint.py runs/124m                                   # lists its checkpoints
@@ -26,7 +26,7 @@ EXAMPLE = """examples:
 
 Manifests, sizes and structure are always checked; --verify reads all files and compares their hashes.
 
-exit codes: 0 sound, 1 damaged (with file and reason), 2 wrong usage or no checkpoint
+exit codes: 0 sound, 1 damaged (with file and reason), 2 wrong usage or no complete checkpoint
 """
 CONFIG_KEYS = {
     "model": (
@@ -43,6 +43,8 @@ CONFIG_KEYS = {
     "optimizer": ("lr", "schedule", "warmup_steps"),
 }
 SHOWN_SHARDS = 16
+MEANS = {"norms": "norm", "reach": "|K| |V|"}
+"""what the history tells by role, as means over all layers"""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -70,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     damages = [damage for inspection in found for damage in inspection.damages]
     for damage in damages:
         print(f"DAMAGED: {damage}")
-    if not damages:
+    complete = [inspection for inspection in found if inspection.kind == "checkpoint"]
+    if complete and not damages:
         left_out = "" if given.verify else " (files were not read; --verify compares their hashes)"
         print(
             f"sound: manifests, sizes and intervals agree{' and so do hashes' if given.verify else left_out}"
@@ -81,7 +84,17 @@ def main(argv: list[str] | None = None) -> int:
     if damages:
         more = f" (and {len(damages) - 1} more)" if len(damages) > 1 else ""
         raise UserError(f"{damages[0]}{more}", exit_code=1)
+    if not complete:
+        raise UserError(f"nothing complete at {given.path}: {what_is_left(found)}")
     return 0
+
+
+def what_is_left(found: list[Inspection]) -> str:
+    """Where no checkpoint is complete: what there is, and what becomes of it."""
+    spared = [inspection.path.name for inspection in found if inspection.manifest]
+    if spared:
+        return f"{spared[-1]} is, but was set aside; a run that starts there gives it its name back"
+    return ", ".join(f"{inspection.path.name} ({inspection.kind})" for inspection in found)
 
 
 def print_folder(found: list[Inspection]) -> None:
@@ -117,8 +130,8 @@ def print_checkpoint(found: Inspection, tensors: bool) -> None:
         "spent": f"{manifest.totals['tokens']:,.0f} tokens, {manifest.totals['flops']:.3g} FLOPs",
         "parameters": f"{count_parameters(manifest):,}, as {', '.join(manifest.states)} in fp32",
         "written by": _value(manifest.layout or "unknown"),
-        "tau": ", ".join(f"{_plain(role)} {_course(tau)}" for role, tau in manifest.taus.items()),
-        "tokenizer": _plain(manifest.tokenizer or "unknown"),
+        "tau": ", ".join(f"{printable(role)} {_course(tau)}" for role, tau in manifest.taus.items()),
+        "tokenizer": printable(manifest.tokenizer or "unknown"),
     }
     for key, value in facts.items():
         print(f"  {key:<11}{value}")
@@ -126,25 +139,31 @@ def print_checkpoint(found: Inspection, tensors: bool) -> None:
         there = manifest.config.get(section, {})
         print(f"  {section:<11}" + ", ".join(f"{key} {_value(there[key])}" for key in keys if key in there))
     for prefix, count in manifest.source_tokens.items():
-        print(f"  data source {_plain(prefix)}, {count:,} tokens")
+        print(f"  data source {printable(prefix)}, {count:,} tokens")
     print_history(manifest.history)
     print_tensors(manifest, tensors)
     print_shards(manifest)
 
 
 def print_history(history: list[dict[str, Any]]) -> None:
-    """The growths that led here, first to last; entries may hold anything."""
+    """The growths and shrinkings that led here, first to last; entries may hold anything."""
     for number, entry in enumerate(history, start=1):
-        print(f"  growth {number}: {_value(entry.get('time'))} from {_value(entry.get('from'))}")
+        time, source = _value(entry.get("time")), _value(entry.get("from"))
+        print(f"  {entry.get('kind', 'growth')} {number}: {time} from {source}")
         before = {key.removesuffix("_before"): key for key in entry if key.endswith("_before")}
         for name, key in before.items():
-            print(f"    {_plain(name)} {_value(entry[key])} -> {_value(entry.get(f'{name}_after'))}")
+            print(f"    {printable(name)} {_value(entry[key])} -> {_value(entry.get(f'{name}_after'))}")
         rest = {
             key: value
             for key, value in entry.items()
-            if key not in ("time", "from", "norms") and not key.endswith(("_before", "_after"))
+            if key not in ("kind", "time", "from", *MEANS) and not key.endswith(("_before", "_after"))
         }
-        print("    " + ", ".join(f"{_plain(key)} {_value(value)}" for key, value in rest.items()))
+        print(f"    {_pairs(rest)}")
+        for key, what in MEANS.items():
+            roles = entry.get(key)
+            for role, means in roles.items() if isinstance(roles, dict) else ():
+                told = _pairs(means) if isinstance(means, dict) else _value(means)
+                print(f"    mean {what}, {printable(role)}: {told.replace('_', ' ')}")
 
 
 def print_tensors(manifest: Manifest, each: bool) -> None:
@@ -161,7 +180,7 @@ def print_shards(manifest: Manifest) -> None:
     """The files that hold the tensors."""
     rows = [("shard", "bytes", "intervals", "hash")]
     for shard in manifest.shards[:SHOWN_SHARDS]:
-        rows.append((shard.file, f"{shard.size:,}", f"{len(shard.intervals):,}", _plain(shard.hash)))
+        rows.append((shard.file, f"{shard.size:,}", f"{len(shard.intervals):,}", printable(shard.hash)))
     _print_table(rows)
     if len(manifest.shards) > SHOWN_SHARDS:
         print(f"  and {len(manifest.shards) - SHOWN_SHARDS:,} more shards (--json lists them)")
@@ -187,19 +206,17 @@ def _course(tau: dict[str, float]) -> str:
     return f"{tau['start']:.4f}{to}"
 
 
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{printable(key)} {_value(value)}" for key, value in values.items())
+
+
 def _value(value: object) -> str:
     """What a manifest holds of any kind, on one line."""
     if isinstance(value, dict):
-        return "/".join(f"{_plain(key)}={_value(item)}" for key, item in value.items())
+        return "/".join(f"{printable(key)}={_value(item)}" for key, item in value.items())
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if value >= 10_000 else str(value)
-    return f"{value:.6g}" if isinstance(value, float) else _plain("none" if value is None else value)
-
-
-def _plain(value: object) -> str:
-    """Text of a file that may be anyone's, without characters that would command the terminal."""
-    text = str(value)
-    return text if text.isprintable() else ascii(text)
+    return f"{value:.6g}" if isinstance(value, float) else printable("none" if value is None else value)
 
 
 if __name__ == "__main__":

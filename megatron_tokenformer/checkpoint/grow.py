@@ -18,13 +18,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
+from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, OldRows, plan_growth
 from megatron_tokenformer.checkpoint.manifest import (
     WEIGHT,
     Interval,
@@ -33,11 +32,12 @@ from megatron_tokenformer.checkpoint.manifest import (
 )
 from megatron_tokenformer.checkpoint.resize import check_space, new_manifest, write_whole
 from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, verify_shard, write_shard
-from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, is_token
+from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms
 from megatron_tokenformer.config.growth import Growth, changes_of_function
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.model.initialization import normal_row_blocks, normal_rows
 from megatron_tokenformer.model.language_model import full_shapes, initial_std
+from megatron_tokenformer.model.names import is_key, is_token
 from megatron_tokenformer.model.tau import (
     ROLES,
     Taus,
@@ -58,7 +58,7 @@ class Grown:
 
     path: Path
     manifest: Manifest
-    old_rows: Literal["linked", "copied"]
+    old_rows: OldRows
 
 
 def grow(source: Path, target: RunConfig, folder: Path, rule: Growth) -> tuple[Path, Manifest]:
@@ -87,8 +87,8 @@ def carry_out(plan: GrowthPlan) -> Grown:
         linked = plan.link and _link_or_tell(plan, folder)
         return _write_grown(plan, folder, linked)
 
-    path, manifest = write_whole(plan, plan.needed_bytes(plan.links), write)
-    return Grown(path, manifest, "linked" if linked else "copied")
+    path, manifest = write_whole(plan, plan.needed_bytes(plan.will_link), write)
+    return Grown(path, manifest, "copied" if plan.old_rows == "linked" and not linked else plan.old_rows)
 
 
 def _write_grown(plan: GrowthPlan, folder: Path, linked: bool) -> Manifest:
@@ -147,15 +147,15 @@ def _old_shards(plan: GrowthPlan, folder: Path, linked: bool, norms: TokenNorms)
     total = sum(shard.size for shard in old.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="old rows", disable=None) as bar:
         for shard in old.shards:
-            look = ShardReader(source / shard.file, shard, norms).take
+            look = ShardReader(source / shard.file, shard, old.states, norms).take
             if plan.rewrites:
-                verify_shard(source, shard, bar.update, look)
+                verify_shard(source, shard, old.states, bar.update, look)
                 shards.append(write_shard(folder / shard.file, shard.intervals, states, _stored(plan, shard)))
                 continue
             if not linked:
-                copy_shard(source, shard, folder, bar.update, look)
+                copy_shard(source, shard, old.states, folder, bar.update, look)
             elif plan.verify:
-                verify_shard(source, shard, bar.update, look)
+                verify_shard(source, shard, old.states, bar.update, look)
             shards.append(shard)
     return shards
 
@@ -192,7 +192,7 @@ def _new_rows(path: Path, plan: GrowthPlan, norms: TokenNorms) -> Shard:
 
     def blocks() -> Iterator[Tensor]:
         for new in tqdm(plan.added, unit="tensor", desc="new rows", disable=None):
-            start = plan.rule.keys if new.name.endswith("key_tokens") else plan.rule.values
+            start = plan.rule.keys if is_key(new.name) else plan.rule.values
             for state in plan.states:
                 if state == WEIGHT and start == "normal":
                     std = initial_std(model, new.name)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_tokenformer.checkpoint.resize import ResizePlan, check_folder, read_source
 from megatron_tokenformer.config.growth import Growth, check_growth
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import full_shapes
+
+OldRows = Literal["linked", "copied", "rewritten"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,14 @@ class GrowthPlan(ResizePlan):
         return 4 * len(self.states) * rows
 
     @property
-    def links(self) -> bool:
+    def will_link(self) -> bool:
         """Whether the old shards will be linked, as far as can be told."""
         return self.link and self.one_file_system
+
+    @property
+    def old_rows(self) -> OldRows:
+        """What becomes of the shards that hold the old rows."""
+        return "rewritten" if self.rewrites else "linked" if self.will_link else "copied"
 
     def needed_bytes(self, link: bool) -> int:
         """Space that the grown checkpoint takes."""
@@ -85,4 +93,4 @@ def plan_growth(
         for name, shape in full_shapes(target.model).items()
         if list(shape) != old.shapes[name]
     ]
-    return GrowthPlan(source, folder, old, before, target, rule, added, link, verify)
+    return GrowthPlan(source.absolute(), folder, old, before, target, rule, added, link, verify)

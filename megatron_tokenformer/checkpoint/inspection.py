@@ -37,7 +37,7 @@ class Inspection:
         time: when its manifest was written, or its folder last changed; UTC, ISO 8601.
         bytes: of all files in it; some may be linked into other checkpoints too.
         latest: whether the folder's `latest` names it.
-        manifest: None if there is none, or it is damaged.
+        manifest: None if there is none, or it is damaged; or the folder is waste, so that nobody looked.
         damages: all that is wrong, each with file and reason; none of an incomplete one, which is no damage.
         hashes_read: whether the shards were read, not only measured.
     """
@@ -98,7 +98,9 @@ def _inspect(path: Path, verify: bool) -> Inspection:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     found = Inspection(path, _kind(path) or "incomplete", _time(path), size)
     found.latest = store.read_latest(path.parent) == path
-    if found.kind != "checkpoint":
+    # What was set aside is still the only one of its step, until its successor has its name.
+    spared = found.kind == "set aside" and not path.with_name(path.stem.removeprefix(".")).exists()
+    if found.kind != "checkpoint" and not (spared and (path / MANIFEST).is_file()):
         return found
     try:
         found.manifest = read_manifest(path)

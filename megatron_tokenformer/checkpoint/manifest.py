@@ -14,13 +14,13 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError
 
 from megatron_tokenformer.data.provenance import TokenizerRecord
 from megatron_tokenformer.durable import write_durably
-from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.errors import UserError, printable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -116,6 +116,23 @@ class Manifest:
         return dict(index)
 
 
+class _RowCounts(BaseModel, extra="forbid", strict=True):
+    qkv: Dimension
+    output: Dimension
+    ffn: Dimension
+
+
+class _Resizing(BaseModel, extra="allow"):
+    """What a run goes by in an entry of the history; the rest is for readers."""
+
+    kind: Literal["growth", "shrink"] = "growth"
+    tokens_before: _RowCounts | None = None
+
+
+class _Told(BaseModel):
+    history: list[_Resizing]
+
+
 _STORED_SHARDS = TypeAdapter(list[dict[str, Any]])
 _STORED_INTERVALS = TypeAdapter(list[tuple[str, StrictInt, StrictInt]])
 _MANIFEST = TypeAdapter(Manifest)
@@ -125,30 +142,33 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of one checkpoint.
 
     Raises:
-        UserError: no manifest, not JSON, another version, shard names that leave the folder, sizes that are
-            not the files', or intervals that overlap, leave gaps or exceed their tensor or their shard.
+        UserError: no manifest, not JSON, another version, values of other types, shard names that leave the
+            folder, sizes that are not the files', or intervals that overlap, leave gaps or exceed their
+            tensor or their shard.
     """
     path = folder / MANIFEST
     try:
         stored = read_json(path, MANIFEST_BYTES)
         version = stored["version"]
         if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}", 1)
+            found = printable(version)
+            raise UserError(f"{path} has format version {found}; this program reads {FORMAT_VERSION}", 1)
         # The lists first: pydantic takes what is an instance already as it is.
         shards = [
             Shard(str(s["file"]), int(s["size"]), str(s["hash"]), _intervals(s["intervals"]))
             for s in _STORED_SHARDS.validate_python(stored["shards"])
         ]
+        _Told.model_validate({"history": stored.get("history", [])})
         manifest = _MANIFEST.validate_python({**stored, "shards": shards})
         _check_structure(manifest)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", 1) from None
     except ValidationError as error:
         first = error.errors()[0]
-        key = ascii(".".join(map(str, first["loc"])))[1:-1]  # says nothing to a terminal
+        key = printable(".".join(map(str, first["loc"])))
         raise UserError(f"{path} is damaged: {key}: {first['msg']}", 1) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} is damaged: {error}", 1) from None
+        raise UserError(f"{path} is damaged: {printable(error)}", 1) from None
     _check_files(folder, manifest)
     return manifest
 
@@ -160,8 +180,17 @@ def read_json(path: Path, most: int) -> Any:
         OSError: it cannot be read.
         ValueError: it is no file, has more than `most` bytes, or is not JSON.
     """
+    return parse_json(read_small(path, most))
+
+
+def parse_json(text: bytes) -> Any:
+    """What JSON that may be anyone's says.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
     try:
-        return json.loads(read_small(path, most), parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest, Shard, read_manifest
-from megatron_tokenformer.checkpoint.stored_model import stored_model
+from megatron_tokenformer.checkpoint.stored_model import stored_config
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
@@ -31,6 +32,7 @@ class ResizePlan:
     """A checkpoint, and what it shall become."""
 
     source: Path
+    """absolute, as the history tells it to readers anywhere"""
     folder: Path
     """where the new checkpoint goes, beside `latest`"""
     old: Manifest
@@ -62,10 +64,10 @@ def read_source(source: Path) -> tuple[Manifest, Model]:
     """The manifest of the checkpoint to begin with, and the model in it.
 
     Raises:
-        UserError: the manifest is damaged.
+        UserError: the manifest, or the config in it, is damaged.
     """
     old = read_manifest(source)
-    return old, stored_model(source, old)
+    return old, stored_config(source, old).model
 
 
 RUNS_OWN = ("checkpoints", "metrics.jsonl", "finished.json", ".lock")
@@ -87,16 +89,31 @@ def check_folder(source: Path, folder: Path, verb: str) -> None:
         raise UserError(f"{folder} is where {source} is, which would be replaced; {verb} into another folder")
 
 
-def check_space(plan: ResizePlan, bytes: int) -> None:
+def check_writable(plan: ResizePlan) -> None:
+    """Refuse a folder in which no file can be made.
+
+    Raises:
+        UserError: says where, and why.
+    """
+    folder = _nearest_folder(plan.folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # rights do not tell: root has all, even in /proc
+            pass
+    except OSError as error:
+        why = f"nothing can be written in {folder} ({error.strerror}); give another --save"
+        raise UserError(f"cannot {plan.verb} {plan.source} into {plan.folder}: {why}", exit_code=1) from None
+
+
+def check_space(plan: ResizePlan, size: int) -> None:
     """Refuse what the disk has no room for.
 
     Args:
-        bytes: that the new checkpoint takes.
+        size: bytes that the new checkpoint takes.
 
     Raises:
         UserError: with what is needed and what is free.
     """
-    needed, free = bytes + SPARE_BYTES, plan.free_bytes
+    needed, free = size + SPARE_BYTES, plan.free_bytes
     if needed > free:
         raise UserError(
             f"cannot {plan.verb} {plan.source} into {plan.folder}: it takes {in_bytes(needed)}, and there "
@@ -105,11 +122,11 @@ def check_space(plan: ResizePlan, bytes: int) -> None:
         )
 
 
-def write_whole(plan: ResizePlan, bytes: int, write: Callable[[Path], Manifest]) -> tuple[Path, Manifest]:
+def write_whole(plan: ResizePlan, size: int, write: Callable[[Path], Manifest]) -> tuple[Path, Manifest]:
     """Make the new checkpoint, complete or not at all; the source is left as it is.
 
     Args:
-        bytes: that it takes.
+        size: bytes that it takes.
         write: writes the shards into the folder that it is given, and returns the manifest.
 
     Raises:
@@ -119,7 +136,7 @@ def write_whole(plan: ResizePlan, bytes: int, write: Callable[[Path], Manifest])
     temporary = plan.folder / store.temporary_name(0)
     try:
         store.clear_leftovers(plan.folder)
-        check_space(plan, bytes)
+        check_space(plan, size)
         store.make_empty(temporary)
         manifest = write(temporary)
         return store.publish(temporary, manifest), manifest

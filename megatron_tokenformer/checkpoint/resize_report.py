@@ -25,7 +25,7 @@ def describe(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
         own = {
             "exact": not reasons,
             "inexact_because": reasons,
-            "old_rows": "linked" if plan.links else "copied",
+            "old_rows": plan.old_rows,
             "bytes_old": plan.old_bytes,
         }
     else:

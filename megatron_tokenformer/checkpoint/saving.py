@@ -211,5 +211,5 @@ def _write_verified(
     with naming(path):
         shard = write_shard(path, intervals, states, data)
     drop_from_cache(path)
-    verify_shard(folder, shard, lambda _: None)
+    verify_shard(folder, shard, states, lambda _: None)
     return shard

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -18,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, Shard, read_manifest
+from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, Shard, parse_json, read_manifest
 from megatron_tokenformer.errors import UserError
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
 MAPPED_ELEMENTS = 2 * BLOCK_ELEMENTS
 COPY_BYTES = 1024 * 1024
+HEADER_BYTES = 100_000_000
+"""as many as safetensors itself takes"""
 
 
 def write_shard(path: Path, intervals: list[Interval], states: list[str], data: Iterable[Tensor]) -> Shard:
@@ -112,21 +115,75 @@ class IntervalReader:
             raise UserError(f"checkpoint shard {place}: {error}", 1) from None
 
 
+def check_header(path: Path, shard: Shard, states: list[str]) -> dict[str, int]:
+    """Hold a shard's own header against the manifest, be it that their hash is right.
+
+    Args:
+        states: that the manifest says are stored.
+
+    Returns:
+        The byte of the file at which each entry begins, by its name.
+
+    Raises:
+        UserError: the shard cannot be read, or has another header than one of just these entries, in fp32,
+            that fill the file one after the other.
+    """
+    sizes = {part.key(state): 4 * (part.stop - part.start) for part in shard.intervals for state in states}
+    room = shard.size - 8 - sum(sizes.values())
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length != room or length > HEADER_BYTES or length % 4:
+                raise ValueError(f"it has {length} bytes, not {room}, a multiple of 4 up to {HEADER_BYTES}")
+            starts = _entries(parse_json(file.read(length)), sizes)
+    except OSError as error:
+        raise UserError(f"checkpoint shard {path}: {error.strerror}", exit_code=1) from None
+    except ValueError as error:
+        raise UserError(f"checkpoint shard {path} is damaged: its header: {error}", exit_code=1) from None
+    return {key: 8 + length + start for key, start in starts.items()}
+
+
+def _entries(header: Any, sizes: dict[str, int]) -> dict[str, int]:
+    """Where in the numbers each entry begins."""
+    if not isinstance(header, dict):
+        raise ValueError("it is no table of entries")
+    header.pop("__metadata__", None)  # safetensors lets everyone put one in
+    if header.keys() != sizes.keys():
+        raise ValueError(f"the manifest and it do not both have {min(header.keys() ^ sizes.keys())!r}")
+    starts: dict[str, int] = {}
+    for key, size in sizes.items():
+        entry = header[key]
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        start = offsets[0] if isinstance(offsets, list) and offsets else None
+        wanted = {"dtype": "F32", "shape": [size // 4], "data_offsets": [start, (start or 0) + size]}
+        if type(start) is not int or entry != wanted:
+            raise ValueError(f"it has another type, shape or size of {key} than the manifest")
+        starts[key] = start
+    end = 0
+    for start, key in sorted((start, key) for key, start in starts.items()):
+        if start != end:
+            raise ValueError(f"{key} does not begin where the entry before it ends")
+        end += sizes[key]
+    return starts
+
+
 def copy_shard(
     source: Path,
     shard: Shard,
+    states: list[str],
     folder: Path,
     tell: Callable[[int], object],
     look: Callable[[memoryview], object] | None = None,
 ) -> None:
-    """Copy a shard durably into another folder, checking its hash on the way.
+    """Copy a shard durably into another folder, checking its hash and its header on the way.
 
     Args:
+        states: that the manifest says are stored.
         tell: called with the number of bytes of each block, for a progress bar.
         look: called with each block, valid during the call.
 
     Raises:
-        UserError: the shard's bytes are not those that its hash was made of.
+        UserError: see `verify_shard`.
     """
     with open(folder / shard.file, "xb", buffering=0) as file:
 
@@ -135,24 +192,25 @@ def copy_shard(
             if look is not None:
                 look(block)
 
-        verify_shard(source, shard, tell, take)
+        verify_shard(source, shard, states, tell, take)
         os.fsync(file.fileno())
 
 
 def verify_shard(
     source: Path,
     shard: Shard,
+    states: list[str],
     tell: Callable[[int], object],
     look: Callable[[memoryview], object] | None = None,
 ) -> None:
-    """Read a shard whole and check its hash.
+    """Read a shard whole and check its hash, and its header.
 
     Args:
-        tell: as for `copy_shard`.
-        look: likewise.
+        states: as for `copy_shard`, and so `tell` and `look`.
 
     Raises:
-        UserError: the shard's bytes are not those that its hash was made of.
+        UserError: the shard's bytes are not those that its hash was made of, or what they are is not what the
+            manifest says.
     """
     digest = xxhash.xxh3_128()
     for block in _blocks(source / shard.file):
@@ -160,7 +218,10 @@ def verify_shard(
         if look is not None:
             look(block)
         tell(len(block))
-    _check_hash(source, shard, digest.hexdigest())
+    if digest.hexdigest() != shard.hash:
+        path = source / shard.file
+        raise UserError(f"checkpoint shard {path} is damaged: its hash is not the manifest's", exit_code=1)
+    check_header(source / shard.file, shard, states)
 
 
 def drop_from_cache(path: Path) -> None:
@@ -187,16 +248,9 @@ def damaged_shards(folder: Path, manifest: Manifest) -> Iterator[UserError]:
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder.name}", disable=None) as bar:
         for shard in manifest.shards:
             try:
-                verify_shard(folder, shard, bar.update)
+                verify_shard(folder, shard, manifest.states, bar.update)
             except UserError as error:
                 yield error
-
-
-def _check_hash(source: Path, shard: Shard, found: str) -> None:
-    if found != shard.hash:
-        raise UserError(
-            f"checkpoint shard {source / shard.file} is damaged: its hash is not the manifest's", 1
-        )
 
 
 def _blocks(path: Path) -> Iterator[memoryview]:

@@ -33,10 +33,11 @@ from megatron_tokenformer.checkpoint.resize import (
     write_whole,
 )
 from megatron_tokenformer.checkpoint.shards import verify_shard, write_shard
-from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, mean, role_of
+from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, mean
 from megatron_tokenformer.config.growth import Shrinking, check_shrink
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.model.names import is_key, role_of, values_of
 from megatron_tokenformer.model.tau import ROLES, Taus, constant_tau, taus_from_json
 
 BLOCK_ELEMENTS = 1024 * 1024
@@ -79,7 +80,7 @@ def plan_shrink(source: Path, target: RunConfig, folder: Path, rule: Shrinking) 
     old, before = read_source(source)
     check_shrink(before, target.model)
     check_folder(source, folder, ShrinkPlan.verb)
-    return ShrinkPlan(source, folder, old, before, target, rule)
+    return ShrinkPlan(source.absolute(), folder, old, before, target, rule)
 
 
 def carry_out(plan: ShrinkPlan) -> tuple[Path, Manifest]:
@@ -125,13 +126,13 @@ def choose(plan: ShrinkPlan) -> Choice:
     total = sum(shard.size for shard in old.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="norms", disable=None) as bar:
         for shard in old.shards:
-            look = ShardReader(plan.source / shard.file, shard, norms).take
-            verify_shard(plan.source, shard, bar.update, look)
+            look = ShardReader(plan.source / shard.file, shard, old.states, norms).take
+            verify_shard(plan.source, shard, old.states, bar.update, look)
     kept: dict[str, np.ndarray] = {}
     reaches: dict[str, dict[str, list[np.ndarray]]] = {r: {"kept": [], "dropped": []} for r in ROLES}
     exact = plan.before.score_norm != "softmax"
-    for keys in filter(lambda name: name.endswith("key_tokens"), old.shapes):
-        values, role = keys.removesuffix("key_tokens") + "value_tokens", role_of(keys)
+    for keys in filter(is_key, old.shapes):
+        values, role = values_of(keys), role_of(keys)
         reach = norms.of(keys) * norms.of(values)
         order = np.argsort(-reach, kind="stable")
         stay, go = np.split(order, [getattr(tokens, role)])

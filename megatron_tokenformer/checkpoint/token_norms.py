@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_tokenformer.checkpoint.manifest import WEIGHT, Interval, Shard
+from megatron_tokenformer.checkpoint.manifest import WEIGHT, Shard
+from megatron_tokenformer.checkpoint.shards import check_header
+from megatron_tokenformer.model.names import is_key, is_token, role_of
 from megatron_tokenformer.model.tau import ROLES
-
-KINDS = {"key_tokens": "keys", "value_tokens": "values"}
 
 
 class TokenNorms:
@@ -62,7 +60,7 @@ class TokenNorms:
         """
         norms: dict[str, dict[str, list[np.ndarray]]] = {role: {} for role in ROLES}
         for name in self._squares:
-            rows, kind = self.of(name), KINDS[name.rsplit(".", 1)[1]]
+            rows, kind = self.of(name), "keys" if is_key(name) else "values"
             old = norms[role_of(name)].setdefault(f"old_{kind}", [])
             new = norms[role_of(name)].setdefault(f"new_{kind}", [])
             old += [rows[: old_rows[name]]] if read else []
@@ -71,43 +69,27 @@ class TokenNorms:
 
 
 class ShardReader:
-    """Takes the bytes of a shard in order and hands the weights among them to a TokenNorms."""
+    """Takes the bytes of a shard in order and hands the weights among them to a TokenNorms.
 
-    def __init__(self, path: Path, shard: Shard, norms: TokenNorms) -> None:
+    Raises:
+        UserError: the shard's header is not what the manifest says.
+    """
+
+    def __init__(self, path: Path, shard: Shard, states: list[str], norms: TokenNorms) -> None:
         self._norms, self._place = norms, 0
-        self._weights: list[tuple[int, int, Interval]] = []
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                header: dict[str, Any] = json.loads(file.read(min(size, shard.size)))
-                for interval in shard.intervals:
-                    if is_token(interval.name):
-                        start, stop = header[interval.key(WEIGHT)]["data_offsets"]
-                        self._weights.append((8 + size + start, 8 + size + stop, interval))
-            except (ValueError, KeyError, TypeError):
-                # The file is damaged, which its hash tells to whoever reads it to the end.
-                self._weights.clear()
+        starts = check_header(path, shard, states)
+        self._weights = [(starts[part.key(WEIGHT)], part) for part in shard.intervals if is_token(part.name)]
 
     def take(self, block: memoryview) -> None:
         """The next bytes of the file."""
         end = self._place + len(block)
-        for start, stop, interval in self._weights:
+        for start, interval in self._weights:
+            stop = start + 4 * (interval.stop - interval.start)
             first, last = max(start, self._place), min(stop, end)
             if first < last:
                 values = np.frombuffer(block[first - self._place : last - self._place], dtype="<f4")
                 self._norms.add(interval.name, interval.start + (first - start) // 4, values)
         self._place = end
-
-
-def is_token(name: str) -> bool:
-    """Whether a parameter's rows are parameter tokens."""
-    return name.rsplit(".", 1)[-1] in KINDS
-
-
-def role_of(name: str) -> str:
-    """The key of `model.tokens` that counts the rows of this parameter."""
-    part = name.split(".")[-2]
-    return part if part in ROLES else "qkv"
 
 
 def mean(parts: list[np.ndarray]) -> float | None:

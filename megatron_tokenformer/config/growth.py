@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from megatron_tokenformer.config.schema import Model, Section, Tokens
+from megatron_tokenformer.config.schema import Model, Section, Steps, Tokens
 from megatron_tokenformer.errors import UserError
 
 
@@ -19,7 +19,7 @@ class Growth(Section):
     """new rows of V"""
     tau: Literal["keep", "anneal", "sqrt"] = "anneal"
     """anneal: from where it is to sqrt(n) over `tau_steps` steps; keep: it stays; sqrt: it jumps at once"""
-    tau_steps: PositiveInt | None = None
+    tau_steps: Steps | None = None
     """steps of the next stage over which tau is annealed; by default half of them"""
     optimizer: Literal["carry", "reset"] = "carry"
     """carry: old rows keep their Adam moments and the step count, new rows start at zero; reset: all do"""

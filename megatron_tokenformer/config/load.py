@@ -60,7 +60,7 @@ def read_yaml(path: str | Path, readers: tuple[Path, ...] = ()) -> Tree:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, a number of thousands of digits
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of sections")
@@ -81,7 +81,7 @@ def parse_override(text: str) -> Tree:
         raise UserError(f"'{text}' is not an override; write section.key=value")
     try:
         tree: Any = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"the value of the override '{text}' is not valid YAML") from None
     for part in reversed(key.split(".")):
         tree = {part: tree}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_tokenformer.errors import UserError
 
@@ -18,6 +18,16 @@ ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+# Bounds far above what anyone trains, so that rows x channels, and steps x samples, stay within 64 bits.
+TokenCount = Annotated[int, Field(ge=1, le=2**40)]
+Channels = Annotated[int, Field(ge=1, le=2**20)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Ranks = Annotated[int, Field(ge=1, le=2**20)]
+Length = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""of what Megatron's index, too, counts in 32 bits"""
+Steps = Annotated[int, Field(ge=1, le=10**12)]
+StepsOrZero = Annotated[int, Field(ge=0, le=10**12)]
 
 
 class Section(BaseModel):
@@ -29,11 +39,11 @@ class Section(BaseModel):
 class Tokens(Section):
     """Parameter tokens (rows of K and of V) of each Pattention in a layer."""
 
-    qkv: PositiveInt = 576
+    qkv: TokenCount = 576
     """tokens of each of the query, key and value projections"""
-    output: PositiveInt = 576
+    output: TokenCount = 576
     """tokens of the attention's output projection"""
-    ffn: PositiveInt = 2304
+    ffn: TokenCount = 2304
     """tokens of the feed-forward Pattention, by custom four times the others"""
 
 
@@ -41,13 +51,13 @@ class Model(Section):
     """The network.  The defaults are the 124M model of the paper's ladder."""
 
     architecture: Literal["tokenformer"] = "tokenformer"
-    layers: PositiveInt = 12
-    hidden_size: PositiveInt = 768
-    attention_heads: PositiveInt = 12
+    layers: Layers = 12
+    hidden_size: Channels = 768
+    attention_heads: Channels = 12
     tokens: Tokens = Tokens()
     score_norm: ScoreNorm = "l2_norm_gelu"
     """how scores become weights over parameter tokens (paper, equation 6 and table 5)"""
-    vocab_size: PositiveInt = 50304
+    vocab_size: Length = 50304
     """rows of the embedding; at least the tokenizer's vocabulary, padded so that ranks divide it"""
     rotary_fraction: Fraction = 0.25
     """share of each head's channels that is rotated"""
@@ -77,9 +87,9 @@ class Model(Section):
 class Parallel(Section):
     """How the model is split.  The data-parallel size is what remains of the processes."""
 
-    tensor: PositiveInt = 1
+    tensor: Ranks = 1
     """ranks over which parameter tokens, attention heads and the vocabulary are split"""
-    pipeline: PositiveInt = 1
+    pipeline: Ranks = 1
     """stages over which layers are split"""
     sequence: bool = False
     """also split the sequence over the tensor-parallel ranks between Pattentions"""
@@ -108,13 +118,13 @@ class Data(Section):
     """a prefix, or a list of [weight, prefix]; weights need not sum to 1"""
     validation: list[tuple[float, str]] = []
     """likewise, for the loss that is reported; may be empty"""
-    sequence_length: PositiveInt = 1024
+    sequence_length: Length = 1024
     isolate_documents: bool = False
     """a position attends to its own document only, and rotary positions start at 0 in each document
     (Megatron's --reset-attention-mask and --reset-position-ids together)"""
     eod_mask_loss: bool = False
     """positions whose input is the end-of-document id do not count in the loss (Megatron's name)"""
-    eod_id: int | None = Field(None, ge=0)
+    eod_id: int | None = Field(None, ge=0, lt=2**31)
     """the end-of-document id that the two keys above go by; by default the one in the data's PREFIX.json"""
     tokenizer: Tokenizer | None = None
 
@@ -136,7 +146,7 @@ class Optimizer(Section):
     clip_grad: float = Field(1.0, ge=0.0)
     """largest global gradient norm; 0 does not clip"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: StepsOrZero = 0
     """steps of linear warm-up to lr"""
     wsd_decay_fraction: Fraction = 0.2
     """with schedule wsd (warm-up, stable, decay): the last share of the steps, in which lr falls"""
@@ -156,39 +166,39 @@ class Optimizer(Section):
 class Training(Section):
     """The length, batch and precision of a run."""
 
-    steps: PositiveInt = 1000
+    steps: Steps = 1000
     """optimizer steps of the whole run, resumed parts included"""
-    global_batch_size: PositiveInt = 512
+    global_batch_size: Length = 512
     """sequences per optimizer step, over all ranks"""
-    micro_batch_size: PositiveInt = 8
+    micro_batch_size: Length = 8
     """sequences that pass through a rank at once"""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 without one"""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**63)
     """of the initial weights and of the order of the samples"""
     recompute: Literal["none", "scores", "layer"] = "none"
     """what the backward pass computes again instead of keeping it: scores, the widest tensors, for one matrix
     product of six more, after which nothing that a layer keeps grows with its tokens; or whole layers"""
-    eval_interval: int = Field(1000, ge=0)
+    eval_interval: StepsOrZero = 1000
     """steps between evaluations; 0: only at the start and the end"""
-    eval_steps: int = Field(10, ge=0)
+    eval_steps: StepsOrZero = 10
     """global batches of one evaluation; 0 never evaluates"""
-    log_interval: PositiveInt = 10
+    log_interval: Steps = 10
 
 
 class Checkpoint(Section):
     """When checkpoints are written, how many are kept, and what a run starts from."""
 
-    interval: int = Field(1000, ge=0)
+    interval: StepsOrZero = 1000
     """steps between checkpoints; 0: only at the end"""
-    keep_last: PositiveInt = 2
+    keep_last: Steps = 2
     """so many of the newest stay; older ones are deleted when a new one is durable"""
-    keep_every: int = Field(0, ge=0)
+    keep_every: StepsOrZero = 0
     """checkpoints at multiples of so many steps stay for ever, besides; 0: none"""
     asynchronous: bool = True
     """training stops only until its state is copied to host memory, and goes on while files are written;
     takes host memory for one copy of each rank's own part"""
-    max_failures: PositiveInt = 3
+    max_failures: Steps = 3
     """so many failed saves in a row end the run; the last save of a run must not fail"""
     verify: bool = False
     """read all of a checkpoint and compare its hashes before loading; by default sizes and structure alone"""

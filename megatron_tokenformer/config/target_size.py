@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import Model, Tokens
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
@@ -12,7 +13,9 @@ from megatron_tokenformer.errors import UserError
 MULTIPLE = 32
 """token counts chosen here are multiples of this, so that products stay aligned when ranks split them"""
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)", re.IGNORECASE)
+_DIGITS = 30
+"""more than any count has; Python itself refuses thousands, with an error of its own"""
+_COUNT = re.compile(rf"(\d{{1,{_DIGITS}}}(?:\.\d{{1,{_DIGITS}}})?)([KMB]?)", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -20,20 +23,21 @@ def parse_tokens(text: str, before: Tokens) -> Tokens:
     """`qkv=2144,output=2144,ffn=8576` as token counts; a role that is left out keeps its tokens.
 
     Raises:
-        UserError: not of this form, an unknown role, one named twice, or a count that is none.
+        UserError: not of this form, an unknown role, one named twice, or a count that is none or too large.
     """
     counts = before.model_dump()
     named: set[str] = set()
     for part in text.split(","):
         role, equals, count = (piece.strip() for piece in part.partition("="))
-        if not equals or role not in counts or role in named or not count.isdecimal() or int(count) == 0:
+        number = count.isdecimal() and len(count) <= _DIGITS and int(count) > 0
+        if not equals or role not in counts or role in named or not number:
             raise UserError(
                 f"--tokens {text}: '{part}' is not a count for a role; write ROLE=COUNT with commas between, "
                 f"each ROLE one of {', '.join(counts)} and at most once"
             )
         named.add(role)
         counts[role] = int(count)
-    return Tokens(**counts)
+    return validate(Tokens, counts, f"--tokens {text}")
 
 
 def parse_count(text: str) -> int:
@@ -57,7 +61,7 @@ def tokens_for(before: Model, parameters: int, shrink: bool = False) -> Tokens:
     multiple of 32, and none loses tokens; or with `shrink` at least 32, and none gains any.
 
     Raises:
-        UserError: the model would not be larger than it is, or with `shrink` smaller.
+        UserError: the model would not be larger than it is, or with `shrink` smaller; or be larger than any.
     """
     now = parameter_count(before)
     counts = before.tokens.model_dump()
@@ -69,14 +73,15 @@ def tokens_for(before: Model, parameters: int, shrink: bool = False) -> Tokens:
     if shrink and share >= 1:  # a role of so few tokens cannot lead: each goes its own way
         share = scale
     tokens = {role: limit(count, max(least, _to_multiple(share * count))) for role, count in counts.items()}
-    after = before.model_copy(update={"tokens": Tokens(**tokens)})
+    chosen = validate(Tokens, tokens, f"--target-params {parameters:,}")
+    after = before.model_copy(update={"tokens": chosen})
     size, what = parameter_count(after), "shrinking" if shrink else "growth"
     if (parameters >= now or size >= now) if shrink else (parameters <= now or size <= now):
         raise UserError(
             f"--target-params {parameters:,} is no {what}: the checkpoint's model has {now:,} parameters, "
             f"and with the nearest multiples of {MULTIPLE} tokens it would have {size:,}"
         )
-    return after.tokens
+    return chosen
 
 
 def _parameters_per_token(model: Model) -> dict[str, int]:

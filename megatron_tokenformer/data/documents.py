@@ -11,6 +11,21 @@ from megatron_tokenformer.data.sidecar import read_sidecar, sidecar_path
 from megatron_tokenformer.errors import UserError
 
 
+def needed_eod_id(
+    prefixes: Sequence[str], isolate_documents: bool, eod_mask_loss: bool, eod_id: int | None
+) -> int | None:
+    """The end-of-document id of all these datasets: as given, else as told; None if no option needs it.
+
+    Raises:
+        UserError: see `end_of_document_id`.
+    """
+    options = {"data.isolate_documents": isolate_documents, "data.eod_mask_loss": eod_mask_loss}
+    needed_by = next((key for key, on in options.items() if on), None)
+    if needed_by is None:
+        return None
+    return end_of_document_id(prefixes, needed_by) if eod_id is None else eod_id
+
+
 def end_of_document_id(prefixes: Sequence[str], needed_by: str) -> int:
     """The id that ends every document of all these datasets, as their descriptions tell.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.data.documents import document_positions, end_of_document_id
+from megatron_tokenformer.data.documents import document_positions, needed_eod_id
 from megatron_tokenformer.data.indexed import TokenFile
 from megatron_tokenformer.data.provenance import TokenizerRecord, tokenizer_of
 from megatron_tokenformer.errors import UserError
@@ -159,12 +159,8 @@ def open_dataset(
 
 
 def _eod_id(prefix: str, reading: Reading) -> int | None:
-    options = {"isolate_documents": reading.isolate_documents, "eod_mask_loss": reading.eod_mask_loss}
-    needed_by = next((f"data.{key}" for key, on in options.items() if on), None)
-    if needed_by is None or reading.eod_id is not None:
-        return reading.eod_id
     try:
-        return end_of_document_id([prefix], needed_by)
+        return needed_eod_id([prefix], reading.isolate_documents, reading.eod_mask_loss, reading.eod_id)
     except UserError as error:
         here = "here: --eod-id ID, or --no-isolate-documents --no-eod-mask-loss"
         raise UserError(f"{error} ({here})", error.exit_code) from None

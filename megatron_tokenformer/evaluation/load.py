@@ -9,12 +9,13 @@ import torch
 
 from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
-from megatron_tokenformer.checkpoint.stored_model import stored_model
+from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS
+from megatron_tokenformer.checkpoint.stored_model import stored_config
 from megatron_tokenformer.config.schema import Precision
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
+from megatron_tokenformer.parallel.environment import resolve_precision
 
-BLOCK_ELEMENTS = 4 * 1024 * 1024
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -22,13 +23,6 @@ def one_device() -> torch.device:
     """The GPU of a process that is alone, or the CPU if there is none or DS_ACCELERATOR=cpu says so."""
     gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-
-
-def resolve(precision: Precision, device: torch.device) -> Precision:
-    """What `auto` means on a device: bf16 on a GPU, fp32 on a CPU."""
-    if precision != "auto":
-        return precision
-    return "fp32" if device.type == "cpu" else "bf16"
 
 
 @torch.no_grad()
@@ -41,8 +35,13 @@ def load_model(path: Path, manifest: Manifest, precision: Precision, device: tor
         UserError: the tensors are not those of the config's model, or a shard is not what the manifest says.
     """
     with torch.device("meta"):  # nothing is initialised only to be overwritten
-        model = LanguageModel(stored_model(path, manifest))
-    model = model.to(DTYPES[resolve(precision, device)]).to_empty(device=device).requires_grad_(False).eval()
+        model = LanguageModel(stored_config(path, manifest).model)
+    model = (
+        model.to(DTYPES[resolve_precision(precision, device.type)])
+        .to_empty(device=device)
+        .requires_grad_(False)
+        .eval()
+    )
     for name, parameter in model.named_parameters():
         for first, values in read_blocks(path, manifest, name, WEIGHT, BLOCK_ELEMENTS):
             parameter.view(-1)[first : first + len(values)].copy_(values)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
-from megatron_tokenformer.config.load import validate
+from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
 from megatron_tokenformer.config.schema import Precision, RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.datasets import Batch, Dataset, Reading, open_dataset
@@ -73,18 +73,21 @@ class Evaluation:
     datasets: list[Dataset]
 
 
-def open_evaluation(load: str | Path, prefixes: Sequence[str], **reading: int | bool | None) -> Evaluation:
+def open_evaluation(
+    load: str | Path, prefixes: Sequence[str], verify: bool = False, **reading: int | bool | None
+) -> Evaluation:
     """Open everything, so that what cannot work is told before the model is loaded.
 
     Args:
         load: a checkpoint, a folder of them, or a run's.
+        verify: read the whole checkpoint first, and compare its hashes.
         reading: fields of `Reading` that are not to be as in the checkpoint's config; None leaves one.
 
     Raises:
         UserError: no checkpoint there, a damaged one, or a dataset that does not fit it.
     """
-    path, manifest = first_good(find_checkpoints(load))
-    config = validate(RunConfig, manifest.config, str(path))
+    path, manifest = first_good(find_checkpoints(load), lambda found: check_stored(found, verify))
+    config = stored_config(path, manifest)
     how = Reading.like(config, **reading)
     vocab_size = config.model.vocab_size
     datasets = [open_dataset(prefix, how, vocab_size, path, manifest.tokenizer) for prefix in prefixes]

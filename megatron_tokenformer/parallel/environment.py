@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_tokenformer.config.schema import Parallel
+from megatron_tokenformer.config.schema import Parallel, Precision
 from megatron_tokenformer.errors import UserError
 
 # What each launcher calls (rank, local rank, world size); the first one found is believed.
@@ -17,6 +20,9 @@ LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
 }
+
+# A launcher ends all ranks when one has ended; the main rank, which tells what is wrong, may be slower.
+PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,13 @@ def find_processes(environment: Mapping[str, str] = os.environ) -> Processes:
     return Processes("no launcher", 0, 0, 1, "127.0.0.1", _port(environment))
 
 
+def resolve_precision(precision: Precision, device_type: str) -> Precision:
+    """What `auto` means on a device: fp32 on a CPU, bf16 elsewhere."""
+    if precision != "auto":
+        return precision
+    return "fp32" if device_type == "cpu" else "bf16"
+
+
 def set_device_variables(parallel: Parallel) -> None:
     """Set what CUDA reads once, when it starts, and so must be there before torch is imported.
 
@@ -74,6 +87,21 @@ def set_device_variables(parallel: Parallel) -> None:
         # One hardware queue, so that kernels start in the order of their launch: a reduction that is launched
         # before the product beside it gets its few processors, and does not wait for the product to end.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def tell(error: UserError) -> int:
+    """Say once what every rank ends with, and a failure of one rank with its number; its exit code."""
+    rank, world_size = 0, 1
+    with contextlib.suppress(UserError):
+        here = find_processes()
+        rank, world_size = here.rank, here.world_size
+    if error.exit_code == 1 and world_size > 1 and not error.everywhere:
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    elif rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(PATIENCE_S)
+    return error.exit_code
 
 
 def _first_host(nodes: str) -> str | None:

@@ -19,6 +19,7 @@ from megatron_tokenformer.config.stages import stage_bounds
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
 from megatron_tokenformer.model.pipeline import language_model_loss, pipeline_layers
+from megatron_tokenformer.parallel.environment import resolve_precision
 from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
 from megatron_tokenformer.quiet import quiet_start
 from megatron_tokenformer.training.optimizer import build_adamw
@@ -45,7 +46,7 @@ class Engine:
 
 def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine:
     """Build this rank's stage with its initial weights and hand it to DeepSpeed."""
-    precision = resolve_precision(config, layout)
+    precision = device_precision(config, layout)
     with quiet_start():
         # Without gradients: it broadcasts tied weights, which autograd would take for part of the model.
         with torch.no_grad():
@@ -70,17 +71,15 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
     return Engine(engine, precision)
 
 
-def resolve_precision(config: RunConfig, layout: Layout) -> Precision:
-    """`auto` as bf16 on a GPU and fp32 without one.
+def device_precision(config: RunConfig, layout: Layout) -> Precision:
+    """The run's precision on this device.
 
     Raises:
         UserError: fp16 on a processor that cannot compute in it.
     """
     if config.training.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError("training.precision=fp16 is not supported on this device; bf16 or fp32 would work")
-    if config.training.precision != "auto":
-        return config.training.precision
-    return "bf16" if layout.device.type == "cuda" else "fp32"
+    return resolve_precision(config.training.precision, layout.device.type)
 
 
 def mark_tensor_parallel(module: torch.nn.Module, config: RunConfig) -> None:

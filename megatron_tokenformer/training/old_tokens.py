@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from megatron_tokenformer.checkpoint.engine_state import fragments
 from megatron_tokenformer.checkpoint.manifest import Manifest
-from megatron_tokenformer.checkpoint.token_norms import is_token, role_of
 from megatron_tokenformer.config.schema import Optimizer
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters
+from megatron_tokenformer.model.names import is_token, role_of
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.optimizer import StretchedAdamW
 
@@ -33,17 +33,20 @@ def slowed_rows(optimizer: Optimizer, manifest: Manifest | None) -> dict[str, in
         Nothing if they train as the others do.
 
     Raises:
-        UserError: they shall not, but the model has not grown.
+        UserError: they shall not, but the model has not grown, or has shrunk since.
     """
     if optimizer.old_token_lr_scale == 1.0:
         return {}
     last = manifest.history[-1] if manifest is not None and manifest.history else {}
-    if manifest is None or last.get("kind", "growth") != "growth" or "tokens_before" not in last:
+    before = last.get("tokens_before")
+    shrunk = last.get("kind") == "shrink"
+    if manifest is None or shrunk or before is None:
+        other = "was shrunk since" if shrunk else "does not say that it has"
+        found = "starts anew" if manifest is None else f"goes on from one that {other}"
         raise UserError(
             f"optimizer.old_token_lr_scale={optimizer.old_token_lr_scale:g} is for a run from a checkpoint "
-            f"that has grown, and this run's has not; optimizer.old_token_lr_scale=1 would work"
+            f"that has grown, and this run {found}; optimizer.old_token_lr_scale=1 would work"
         )
-    before = last["tokens_before"]
     return {name: before[role_of(name)] for name in manifest.shapes if is_token(name)}
 
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-import time
 
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.errors import UserError, in_words, run_cli
-from megatron_tokenformer.parallel.environment import find_processes, set_device_variables
+from megatron_tokenformer.parallel.environment import find_processes, set_device_variables, tell
 from megatron_tokenformer.quiet import quiet_imports
-
-# A launcher ends all ranks when one has ended; the main rank, which tells what is wrong, may be slower.
-PATIENCE_S = 10.0
 
 EPILOG = """\
 A run goes on from its own newest checkpoint in RUN_DIR/checkpoints; a new run starts from checkpoint.load if
@@ -67,21 +61,6 @@ def pretrain(config: RunConfig, profile_steps: int = 0) -> None:
 
     train(config, layout.start(config.parallel, processes), profile_steps)
     layout.stop()  # not after a failure: it would wait for ranks that still wait for this one
-
-
-def tell(error: UserError) -> int:
-    """Say once what every rank ends with, and a failure of one rank with its number; its exit code."""
-    rank, world_size = 0, 1
-    with contextlib.suppress(UserError):
-        here = find_processes()
-        rank, world_size = here.rank, here.world_size
-    if error.exit_code == 1 and world_size > 1 and not error.everywhere:
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-    elif rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(PATIENCE_S)
-    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
 from megatron_tokenformer.checkpoint.saving import Saver
 from megatron_tokenformer.checkpoint.shards import verify_checkpoint
+from megatron_tokenformer.checkpoint.stored_model import differing_shape
 from megatron_tokenformer.config.schema import Model, RunConfig, check_world
 from megatron_tokenformer.data.batches import Blend, open_blend
-from megatron_tokenformer.data.documents import end_of_document_id
+from megatron_tokenformer.data.documents import needed_eod_id
 from megatron_tokenformer.data.pair import Identity
 from megatron_tokenformer.data.provenance import (
     TokenizerRecord,
@@ -22,7 +23,6 @@ from megatron_tokenformer.data.provenance import (
     one_tokenizer,
 )
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.model.language_model import full_shapes
 from megatron_tokenformer.parallel.layout import Layout, from_main_rank, on_all_ranks
 from megatron_tokenformer.training.announce import announce
 from megatron_tokenformer.training.continuity import Continuity
@@ -152,13 +152,8 @@ def find_eod_id(config: RunConfig) -> int | None:
         UserError: it is needed, not given, and the datasets do not tell it or do not agree.
     """
     data = config.data
-    options = {"isolate_documents": data.isolate_documents, "eod_mask_loss": data.eod_mask_loss}
-    needed_by = next((f"data.{key}" for key, on in options.items() if on), None)
-    if needed_by is None:
-        return None
-    if data.eod_id is not None:
-        return data.eod_id
-    return end_of_document_id([prefix for _, prefix in (*data.train, *data.validation)], needed_by)
+    prefixes = [prefix for _, prefix in (*data.train, *data.validation)]
+    return needed_eod_id(prefixes, data.isolate_documents, data.eod_mask_loss, data.eod_id)
 
 
 def find_restore_point(config: RunConfig, tokenizer: TokenizerRecord | None) -> tuple[Path, Manifest] | None:
@@ -194,14 +189,13 @@ def check_model(path: Path, manifest: Manifest, model: Model) -> None:
     Raises:
         UserError: names the tensor or the key, and both values.
     """
-    shapes = {name: list(shape) for name, shape in full_shapes(model).items()}
-    for name in {**shapes, **manifest.shapes}:
-        there, here = manifest.shapes.get(name), shapes.get(name)
-        if there != here:
-            raise UserError(
-                f"checkpoint {path} has {name} of shape {there}, the config's model has {here}; "
-                f"use its own config, or grow it with tools/grow_checkpoint.py"
-            )
+    differs = differing_shape(manifest, model)
+    if differs:
+        name, there, here = differs
+        raise UserError(
+            f"checkpoint {path} has {name} of shape {there}, the config's model has {here}; "
+            f"use its own config, or grow it with tools/grow_checkpoint.py"
+        )
     for key, here in model.model_dump(mode="json").items():
         there = manifest.config.get("model", {}).get(key)
         if there != here:

@@ -65,7 +65,7 @@ def stored_value(checkpoint: Path) -> float:
     """The value that all elements of a checkpoint have, read with every check there is."""
     there = read_manifest(checkpoint)
     for shard in there.shards:
-        verify_shard(checkpoint, shard, lambda _: None)
+        verify_shard(checkpoint, shard, there.states, lambda _: None)
     reader = IntervalReader(checkpoint, there)
     found = {
         value

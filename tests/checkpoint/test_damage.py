@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from megatron_tokenformer.checkpoint.manifest import (
     MANIFEST,
@@ -26,6 +27,7 @@ from megatron_tokenformer.checkpoint.manifest import (
 )
 from megatron_tokenformer.checkpoint.shards import IntervalReader, verify_checkpoint
 from megatron_tokenformer.checkpoint.store import LATEST, complete_checkpoints, find_checkpoint, first_good
+from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout
 from tests.checkpoint.saves import TENSORS, WIDTH, manifest, open_saver, state, stored_value
@@ -128,6 +130,24 @@ STRUCTURE: dict[str, tuple[Damage, str]] = {
     "larger than any": (sparse_manifest, f"more than {MANIFEST_BYTES}"),
     "a pipe": (pipe_for_manifest, "is not a file"),
     "another version": (changed("version", 2), "format version 2; this program reads 1"),
+    "a version that commands terminals": (changed("version", "\x1b[2J"), r"version \\x1b\[2J; this"),
+    "a history of other tokens": (
+        changed("history", [{}, {"tokens_before": 3}]),
+        r"history\.1\.tokens_before: Input should be",
+    ),
+    "a history of words": (
+        changed("history", [{"tokens_before": {"qkv": "16", "output": 16, "ffn": 64}}]),
+        r"history\.0\.tokens_before\.qkv: Input should be a valid integer",
+    ),
+    "a history below 1": (
+        changed("history", [{"tokens_before": {"qkv": -16, "output": 16, "ffn": 64}}]),
+        r"history\.0\.tokens_before\.qkv: Input should be greater",
+    ),
+    "a history without a role": (
+        changed("history", [{"tokens_before": {"qkv": 16}}]),
+        r"history\.0\.tokens_before\.output: Field required",
+    ),
+    "a history of another kind": (changed("history", [{"kind": 5}]), r"history\.0\.kind: Input should be"),
     "NaN": (in_place_of_manifest('"flops": 0.0', '"flops": NaN'), "NaN is not a finite number"),
     "infinity": (in_place_of_manifest('"flops": 0.0', '"flops": 1e999'), "1e999 is not a finite number"),
     "a negative total": (changed("totals", {"tokens": -1, "flops": 0}), "totals are"),
@@ -277,6 +297,51 @@ def test_a_shard_whose_header_lies_is_refused_when_it_is_read_and_by_its_hash(
         list(reader.read(Interval(FIRST, WIDTH, 2 * WIDTH), "weight"))
     with pytest.raises(UserError, match=rf"{SHARD} is damaged: its hash"):
         verify_checkpoint(newest)
+
+
+def with_text(content: str) -> Damage:
+    """A header of this text; the shard has another size than before."""
+
+    def damage(checkpoint: Path) -> None:
+        path = checkpoint / SHARD
+        _, data = header_of(path)
+        told = content.encode().ljust(-(-len(content) // 8) * 8)
+        path.write_bytes(struct.pack("<Q", len(told)) + told + data)
+        shard("size", path.stat().st_size)(checkpoint)
+
+    return damage
+
+
+def with_offsets(*offsets: Any) -> Damage:
+    return with_header(lambda header: header[KEY].update(data_offsets=list(offsets)))
+
+
+LIES: dict[str, tuple[Damage, str]] = {
+    **{kind: (damage, "") for kind, damage in HEADERS.items()},
+    "a list": (with_text("[1,2,3]"), "no table"),
+    "nested deeply": (with_text("[" * 200_000), "nested too deeply"),
+    "entries that are none": (with_header(lambda header: header.update({KEY: 5})), f"size of {KEY}"),
+    "one entry more": (with_header(lambda header: header.update(x=dict(header[KEY]))), "both have 'x'"),
+    "odd offsets": (with_offsets(1, 4 * WIDTH + 1), f"{KEY} does not begin where"),
+    "offsets too long": (with_offsets(0, 4 * WIDTH + 4), f"size of {KEY}"),
+    "halves for offsets": (with_offsets(0.0, 4.0 * WIDTH), f"size of {KEY}"),
+    "one offset": (with_offsets(0), f"size of {KEY}"),
+    "offsets of another entry": (with_offsets(4 * WIDTH, 8 * WIDTH), "does not begin where"),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_a_header_that_lies_is_refused_though_its_hash_is_right(newest: Path, kind: str) -> None:
+    damage, words = LIES[kind]
+    damage(newest)
+    shard("hash", xxhash.xxh3_128((newest / SHARD).read_bytes()).hexdigest())(newest)
+    why = rf"checkpoint shard {newest}/{SHARD} is damaged: its header: .*{words}"
+    with pytest.raises(UserError, match=why) as refused:
+        verify_checkpoint(newest)
+    assert refused.value.exit_code == 1
+    there = read_manifest(newest)
+    with pytest.raises(UserError, match=why):
+        ShardReader(newest / SHARD, there.shards[1], there.states, TokenNorms({}))
 
 
 def test_a_flipped_bit_is_found_by_its_hash_and_the_one_before_is_taken(newest: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,9 +16,10 @@ import torch
 from benchmarks.growth import write_checkpoint
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
-from megatron_tokenformer.config.load import dump_config, load_config
+from megatron_tokenformer.config.load import dump_config, load_config, merge
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
+from tests.checkpoint.test_damage import edited
 from tests.checkpoint.test_grow import values
 from tests.toy import toy_config
 from tools.grow_checkpoint import main
@@ -73,6 +75,33 @@ def test_of_a_folder_a_damaged_newest_checkpoint_is_passed_over_in_words(
         grow(damaged, "--tokens", LARGER)
 
 
+@pytest.mark.parametrize("config", [{"zzz\x1b": 1}, {"model": {"layers": "two"}}, {"model": {"layers": 3}}])
+def test_a_config_that_is_damaged_is_the_checkpoints_fault_and_the_one_before_is_taken(
+    source: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = source.with_name("step-00000020")
+    shutil.copytree(source, damaged)
+    edited(lambda stored: merge(stored["config"], config))(damaged)
+    with pytest.raises(UserError, match=f"checkpoint {damaged} is damaged: it") as refused:
+        grow(damaged, "--tokens", LARGER)
+    assert refused.value.exit_code == 1 and str(refused.value).isprintable()
+    (source.parent / "latest").write_text(f"{damaged.name}\n")
+    folder = source.parents[2] / "grown"
+    assert main(["--load", str(source.parent), "--save", str(folder), "--tokens", LARGER]) == 0
+    assert f"warning: passing over {damaged}: {refused.value}" in capsys.readouterr().out
+    assert_grown(source, find_checkpoint(folder))
+
+
+def test_places_are_written_down_for_readers_in_other_folders(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parents[2])
+    assert main(["--load", "run", "--save", "grown", "--tokens", LARGER, "run_dir=next"]) == 0
+    folder = source.parents[2] / "grown"
+    assert read_manifest(find_checkpoint(folder)).history[-1]["from"] == str(source)
+    assert load_config(folder / "config.yaml").checkpoint.load == str(folder)
+
+
 def test_target_params_prints_the_counts_that_it_chose(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +137,9 @@ def test_without_a_config_the_next_stage_gets_the_checkpoints_own(source: Path) 
         (["--tokens", LARGER, "--no-verify"], "--no-verify goes with --link"),
         (["--tokens", LARGER, "--link", "--optimizer", "reset"], "leave one out"),
         (["--tokens", LARGER, "--link", "--old-token-noise", "0.1"], "leave one out"),
+        (["--tokens", LARGER, "--tau-steps", "5"], "--tau-steps 5 goes with --tau anneal"),
+        (["--tokens", LARGER, "--tau", "anneal"], "--tau anneal needs --tau-steps N"),
+        (["--tokens", LARGER, "--values", "zero"], "--values zero with zero keys never learns"),
         (["--tokens", "ffn=65", "parallel.tensor=2"], "model.tokens.ffn=65 is not divisible"),
     ],
 )
@@ -115,6 +147,26 @@ def test_what_cannot_be_meant_is_refused(source: Path, words: list[str], told: s
     with pytest.raises(UserError, match=told):
         grow(source, *words)
     assert not (source.parents[2] / "grown").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "{source}/manifest.json/x"])
+def test_a_folder_that_takes_no_files_is_told_as_such(source: Path, folder: str) -> None:
+    folder = folder.format(source=source)
+    with pytest.raises(
+        UserError, match=f"into {folder}: nothing can be written in {Path(folder).parent} "
+    ) as told:
+        main(["--load", str(source), "--save", folder, "--tokens", LARGER, "--dry-run"])
+    assert told.value.exit_code == 1
+
+
+def test_every_example_of_the_help_is_a_line_or_goes_on_with_a_backslash(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.split("examples:")[1].splitlines()
+    for before, line in itertools.pairwise(lines):
+        assert line.startswith("      ") == before.endswith("\\"), line
 
 
 @pytest.mark.parametrize("words", [[], ["--tokens", LARGER, "--target-params", "1M"]])
@@ -197,7 +249,9 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
     old = sum(f.stat().st_size for f in path.glob("rank-*"))
     for promised, size in ((told["bytes_new"], new.stat().st_size), (told["bytes_old"], old)):
         assert abs(promised - size) < 0.1 * size, "all but the headers"
-    assert done["old_rows"] == ("linked" if "--link" in options else "copied")
+    assert done["old_rows"] == {"--link": "linked", "--optimizer": "rewritten"}.get(
+        "".join(options[:1]), "copied"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import pytest
 from benchmarks.growth import write_checkpoint
 from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_tokenformer.checkpoint.shrink import carry_out, plan_shrink
 from megatron_tokenformer.checkpoint.store import LATEST
-from megatron_tokenformer.config.growth import Growth
+from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
 from tests.checkpoint.test_damage import edited
@@ -111,6 +112,41 @@ def test_of_a_folder_all_are_listed_with_what_dead_saves_left(
     assert [one["bytes"] for one in told["checkpoints"]][2:] == [1000, 1000, 1000]
     (line,) = (line.split() for line in text.splitlines() if "step-00000700" in line)
     assert line[1] == "700" and line[-1] == "latest" and "2.500000" in line
+
+
+def test_a_shrinking_is_called_one_and_means_are_told_line_by_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = folder / "grown" / "step-00000000", toy_config(folder)
+    path, manifest = carry_out(plan_shrink(source, target, folder / "shrunk", Shrinking()))
+    text, _ = inspect(str(path), capsys=capsys)
+    assert f"  growth 1: {manifest.history[0]['time']}" in text and "  shrink 2: " in text
+    reach, norms = manifest.history[1]["reach"]["ffn"], manifest.history[0]["norms"]["ffn"]
+    assert f"    mean |K| |V|, ffn: kept {reach['kept']:.6g}, dropped {reach['dropped']:.6g}\n" in text
+    assert f"    mean norm, ffn: old keys {norms['old_keys']:.6g}, new keys 0, old values" in text
+    assert "reach" not in text and "kind" not in text
+
+
+def test_where_nothing_is_complete_it_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = folder / "run" / "checkpoints"
+    (checkpoints / "step-00000010").rename(checkpoints / ".step-00000010.replaced")
+    (checkpoints / ".step-00000020.writing").mkdir()
+    with pytest.raises(UserError, match=r"\.step-00000010\.replaced is, but was set aside") as refused:
+        main([str(checkpoints), "--json"])
+    assert refused.value.exit_code == 2
+    out = capsys.readouterr().out
+    assert "sound" not in out
+    assert json.loads(out.splitlines()[-1])["checkpoints"][0]["parameters"] > 0, "it was looked into"
+    next((checkpoints / ".step-00000010.replaced").glob("rank*")).unlink()
+    with pytest.raises(UserError, match="No such file") as refused:
+        main([str(checkpoints)])
+    assert refused.value.exit_code == 1
+    shutil.rmtree(checkpoints / ".step-00000010.replaced")
+    (checkpoints / "step-00000030").mkdir()
+    left = r"\.step-00000020\.writing \(unfinished save\), step-00000030 \(incomplete\)"
+    with pytest.raises(UserError, match=f"nothing complete at {checkpoints}: {left}") as refused:
+        main([str(checkpoints)])
+    assert refused.value.exit_code == 2 and "sound" not in capsys.readouterr().out
 
 
 def test_verify_reads_all_hashes_and_names_every_bad_file(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,26 +21,18 @@ MARGIN = 12 * MB
 """of the allocator's and of the interpreter's; a second block would be 17 MB"""
 
 
-def held() -> int:
-    """Bytes of memory that this process has, with what it has mapped of files and looked at."""
+def memory(line: str) -> int:
+    """Bytes that this process has (VmRSS) or had at most (VmHWM), with what it looked at of mapped files."""
     told = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(told["VmRSS"].split()[0]) * 1024
+    return int(told[line].split()[0]) * 1024
 
 
 def peak_growth(act: Callable[[], object]) -> int:
-    """The most that was held while `act` ran, sampled by a thread, less what was held before."""
-    before, samples, done = held(), [], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.0005):
-            samples.append(held())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
+    """The most that was held while `act` ran, less what was held before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts the peak anew
+    before = memory("VmRSS")
     act()
-    done.set()
-    sampler.join()
-    return max([*samples, held()]) - before
+    return memory("VmHWM") - before
 
 
 def load(layout: Layout, config: RunConfig, path: Path) -> int:

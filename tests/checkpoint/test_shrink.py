@@ -242,6 +242,7 @@ def test_a_damaged_shard_is_not_shrunk(source: Path) -> None:
         (["--tokens", FEWER, "--dry-run", "--data", "x"], "--data measures what was written"),
         (["--tokens", FEWER, "--max-tokens", "5"], "--max-tokens goes with --data"),
         (["--tokens", FEWER, "--data", "nothing"], "nothing"),
+        (["--tokens", FEWER, "run_dir=x", "--data", "one", "two"], "of its own: --data one --data two"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(source: Path, words: list[str], told: str) -> None:

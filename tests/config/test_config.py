@@ -71,6 +71,10 @@ def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
         ("optimizer: {seed: 1}", "unknown key 'optimizer.seed'; did you mean 'training.seed'?"),
         ("optimiser: {lr: 1}", "unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("model: {layers: two}", "model.layers='two': input should be a valid integer"),
+        (f"model: {{tokens: {{qkv: 1{'0' * 20}}}}}", "tokens.qkv=1" + "0" * 20 + ": input should be less"),
+        (f"model: {{layers: 1{'0' * 20}}}", "input should be less than or equal to 10000"),
+        (f"training: {{steps: 1{'0' * 400}}}", "input should be less than or equal to 1000000000000"),
+        (f"training: {{steps: {'9' * 5000}}}", "is not valid YAML"),
         ("model: {score_norm: relu}", "model.score_norm='relu': input should be 'l2_norm_gelu'"),
         (
             "model: {tokens: {qkv: 30}}\nparallel: {tensor: 4}",
@@ -119,7 +123,9 @@ def test_a_value_that_is_said_to_work_works(tmp_path: Path) -> None:
     assert config.parallel.tensor == 4
 
 
-@pytest.mark.parametrize("override", ["training.steps", "=3", "training.steps=[1"])
+@pytest.mark.parametrize(
+    "override", ["training.steps", "=3", "training.steps=[1", "training.steps=" + "9" * 5000]
+)
 def test_overrides_that_are_not(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError, match="override"):
         load(tmp_path, "", override)

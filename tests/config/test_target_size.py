@@ -62,6 +62,19 @@ def test_what_is_no_count_is_refused(text: str) -> None:
         parse_count(text)
 
 
+@pytest.mark.parametrize("shrink", [False, True])
+def test_more_than_any_model_has_is_refused_by_its_count(shrink: bool) -> None:
+    most = f"input should be less than or equal to {2**40}"
+    with pytest.raises(UserError, match=f"--tokens qkv=9{{20}}: qkv=9{{20}}: {most}"):
+        parse_tokens(f"qkv={'9' * 20}", Tokens())
+    with pytest.raises(UserError, match="is not a count for a role"):
+        parse_tokens(f"qkv={'9' * 5000}", Tokens())
+    with pytest.raises(UserError, match="is no shrinking" if shrink else f"--target-params .*{most}"):
+        tokens_for(Model(), parse_count("999999999999999B"), shrink)
+    with pytest.raises(UserError, match="is not a number of parameters"):
+        parse_count("9" * 5000)
+
+
 @pytest.mark.parametrize("parameters", [0, 1_000, 123_000_000, 124_000_000])
 def test_a_target_that_is_not_larger_is_refused_with_both_numbers(parameters: int) -> None:
     with pytest.raises(UserError, match=f"{parameters:,} is no growth.*has 123,5"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -183,8 +184,8 @@ def test_tau_is_that_of_the_checkpoints_step(trained: RunConfig) -> None:
 def test_tensors_that_are_not_those_of_the_config_are_refused(trained: RunConfig) -> None:
     path = find_checkpoint(trained.run_dir)
     manifest = read_manifest(path)
-    manifest.config["model"]["tokens"]["ffn"] = 63
-    with pytest.raises(UserError, match=r"layers\.0\.ffn\.key_tokens of shape \[64, 32\].*\[63, 32\]"):
+    manifest.config["model"]["tokens"]["ffn"] = 62
+    with pytest.raises(UserError, match=r"layers\.0\.ffn\.key_tokens of shape \[64, 32\].*\[62, 32\]"):
         load_model(path, manifest, "fp32", CPU)
 
 
@@ -202,6 +203,8 @@ def test_bits_per_byte_are_those_of_the_text_and_in_proportion_for_a_part(
     assert rows[0]["bits_per_byte"] == pytest.approx(bits[0] / 1_234, rel=1e-6)
     assert told["bits_per_byte"] == pytest.approx(sum(bits) / (1_234 + 4_321), rel=1e-6)
     assert told["val_loss"] == pytest.approx(sum(bits) * math.log(2) / 800, rel=1e-6)
+    again = evaluate_json(capsys, "--load", trained.run_dir, "--data", one, "--data", two)
+    assert again == told, "each dataset may have a --data of its own"
     part = evaluate_json(capsys, "--load", trained.run_dir, "--data", one, "--max-tokens", "75")
     loss, _ = plain_loss(path, one, LENGTH, 75)
     assert part["bits_per_byte"] == pytest.approx(loss / math.log(2) * 300 / 1_234, rel=1e-6)
@@ -241,6 +244,20 @@ def test_a_model_still_learns_in_a_process_that_has_evaluated(trained: RunConfig
     model = LanguageModel(trained.model)
     model(torch.zeros(1, LENGTH, dtype=torch.long)).sum().backward()
     assert model.layers[0].attention.query.key_tokens.grad is not None
+
+
+def test_a_flipped_byte_is_found_if_asked_for(
+    trained: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(find_checkpoint(trained.run_dir), tmp_path / "step-00000010"))
+    shard = path / read_manifest(path).shards[-1].file
+    words = ["--load", str(path), "--data", trained.data.validation[0][1]]
+    assert main([*words, "--verify"]) == 0
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main([*words, "--verify"]) == 1
+    assert f"error: checkpoint shard {shard} is damaged: its hash" in capsys.readouterr().err
 
 
 def test_lower_precision_is_near(trained: RunConfig) -> None:

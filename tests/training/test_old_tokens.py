@@ -19,9 +19,10 @@ from torch.nn.utils import clip_grad_norm_
 from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import STATES, Interval, read_manifest
 from megatron_tokenformer.checkpoint.shards import IntervalReader
+from megatron_tokenformer.checkpoint.shrink import carry_out, plan_shrink
 from megatron_tokenformer.checkpoint.store import find_checkpoint
-from megatron_tokenformer.config.growth import Growth
-from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.config.growth import Growth, Shrinking
+from megatron_tokenformer.config.schema import Optimizer, RunConfig
 from megatron_tokenformer.data.batches import open_blend
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import LanguageModel
@@ -29,6 +30,7 @@ from megatron_tokenformer.model.tau import set_taus, taus_from_json
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.training.old_tokens import slowed_rows
 from megatron_tokenformer.training.schedule import learning_rate
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
@@ -202,4 +204,15 @@ def test_a_run_that_has_not_grown_has_no_old_tokens(folder: Path) -> None:
     fresh = fresh.model_copy(update={"run_dir": str(folder / "fresh")})
     (told,) = run_ranks(1, refusal, fresh)
     assert "optimizer.old_token_lr_scale=0 is for a run from a checkpoint that has grown" in told
+    assert "this run starts anew" in told
     assert not list((folder / "fresh").glob("checkpoints/step-*"))
+
+
+def test_a_run_that_has_shrunk_since_it_grew_has_no_old_tokens(folder: Path) -> None:
+    target = toy_config(folder, model={"tokens": SMALL})
+    path, shrunk = carry_out(
+        plan_shrink(find_checkpoint(folder / "grown"), target, folder / "shrunk", Shrinking())
+    )
+    assert [entry["kind"] for entry in shrunk.history] == ["growth", "shrink"]
+    with pytest.raises(UserError, match="this run goes on from one that was shrunk since"):
+        slowed_rows(Optimizer(old_token_lr_scale=0.5), read_manifest(path))
