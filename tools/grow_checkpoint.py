@@ -138,9 +138,7 @@ def refuse_contradictions(given: argparse.Namespace) -> None:
             raise UserError(f"{option} is for growth, --shrink takes tokens away; leave one out")
     if given.values == "zero" and given.keys != "normal":
         raise UserError("--values zero with zero keys never learns; --keys normal goes with it")
-    if given.tau == "anneal" and given.tau_steps is None:
-        raise UserError("--tau anneal needs --tau-steps N, the steps of the next stage that it takes")
-    if given.tau != "anneal" and given.tau_steps is not None:
+    if given.tau not in ("anneal", None) and given.tau_steps is not None:
         raise UserError(f"--tau-steps {given.tau_steps} goes with --tau anneal; it says how long that takes")
     if given.data and given.dry_run:
         raise UserError("--data measures what was written, --dry-run writes nothing; leave one out")

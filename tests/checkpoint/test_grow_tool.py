@@ -137,8 +137,7 @@ def test_without_a_config_the_next_stage_gets_the_checkpoints_own(source: Path) 
         (["--tokens", LARGER, "--no-verify"], "--no-verify goes with --link"),
         (["--tokens", LARGER, "--link", "--optimizer", "reset"], "leave one out"),
         (["--tokens", LARGER, "--link", "--old-token-noise", "0.1"], "leave one out"),
-        (["--tokens", LARGER, "--tau-steps", "5"], "--tau-steps 5 goes with --tau anneal"),
-        (["--tokens", LARGER, "--tau", "anneal"], "--tau anneal needs --tau-steps N"),
+        (["--tokens", LARGER, "--tau", "keep", "--tau-steps", "5"], "--tau-steps 5 goes with --tau anneal"),
         (["--tokens", LARGER, "--values", "zero"], "--values zero with zero keys never learns"),
         (["--tokens", "ffn=65", "parallel.tensor=2"], "model.tokens.ffn=65 is not divisible"),
     ],
@@ -262,6 +261,7 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
         (["--old-token-noise", "0.02"], ["noise of 0.02 is added to the old tokens"]),
         (["--tau", "sqrt"], ["tau=sqrt scales every weight anew"]),
         (["--tau", "anneal", "--tau-steps", "5"], []),
+        (["--tau-steps", "5"], []),
     ],
 )
 def test_a_dry_run_tells_whether_the_rule_is_exact(
