@@ -25,7 +25,7 @@ from megatron_tokenformer.checkpoint.resize import check_space
 from megatron_tokenformer.checkpoint.resize_report import describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
-from megatron_tokenformer.config.growth import Growth, Shrinking
+from megatron_tokenformer.config.growth import Growth, Shrinking, check_has_tokens
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.target_size import parse_count, parse_tokens, tokens_for
@@ -192,6 +192,7 @@ def target_config(given: argparse.Namespace, source: Path) -> RunConfig:
         return load_config(given.config, given.overrides)
     stored = read_manifest(source).config
     before = validate(RunConfig, stored, str(source)).model
+    check_has_tokens(before, "shrinking" if given.shrink else "growth")
     if given.tokens:
         tokens = parse_tokens(given.tokens, before.tokens)
     else:

@@ -117,7 +117,7 @@ def print_checkpoint(found: Inspection, tensors: bool) -> None:
         "spent": f"{manifest.totals['tokens']:,.0f} tokens, {manifest.totals['flops']:.3g} FLOPs",
         "parameters": f"{count_parameters(manifest):,}, as {', '.join(manifest.states)} in fp32",
         "written by": _value(manifest.layout or "unknown"),
-        "tau": ", ".join(f"{_plain(role)} {_course(tau)}" for role, tau in manifest.taus.items()),
+        "tau": ", ".join(f"{_plain(role)} {_course(tau)}" for role, tau in manifest.taus.items()) or "none",
         "tokenizer": _plain(manifest.tokenizer or "unknown"),
     }
     for key, value in facts.items():

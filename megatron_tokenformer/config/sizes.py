@@ -24,21 +24,31 @@ def pattention_tokens(model: Model) -> int:
     return 3 * model.tokens.qkv + model.tokens.output + model.tokens.ffn
 
 
+def product_weights(model: Model) -> int:
+    """Numbers of one layer's matrices: K and V of its Pattentions, or a dense layer's 12 d^2."""
+    d = model.hidden_size
+    return 12 * d**2 if model.architecture == "transformer" else 2 * d * pattention_tokens(model)
+
+
+def norm_weights(model: Model) -> int:
+    """Gains and biases of one layer: a dense layer's two norms have them, a Tokenformer's have none."""
+    return 4 * model.hidden_size if model.architecture == "transformer" else 0
+
+
 def parameter_count(model: Model) -> int:
-    """Trained numbers of the model: tied embedding, Pattentions (K and V), final norm."""
-    embedding = model.vocab_size * model.hidden_size
-    pattentions = model.layers * pattention_tokens(model) * 2 * model.hidden_size
-    return embedding + pattentions + 2 * model.hidden_size
+    """Trained numbers of the model: tied embedding, layers, final norm."""
+    layer = product_weights(model) + norm_weights(model)
+    return model.vocab_size * model.hidden_size + model.layers * layer + 2 * model.hidden_size
 
 
 def flops_per_token(model: Model, sequence_length: int) -> int:
     """Training operations (forward and backward) for one token of a sequence of this length.
 
-    3 x (per layer: 4 d per parameter token for its key and its value product, and 2 s d for causal
+    3 x (per layer: 2 per weight, so 4 d per parameter token or 24 d^2 if dense, and 2 s d for causal
     attention's two products over on average s/2 positions; then 2 d v for the head).
     """
     d = model.hidden_size
-    layer = 4 * d * pattention_tokens(model) + 2 * sequence_length * d
+    layer = 2 * product_weights(model) + 2 * sequence_length * d
     return 3 * (model.layers * layer + 2 * d * model.vocab_size)
 
 
