@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from environment import describe
+from reporting import add_json_option, describe, report
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -117,16 +116,17 @@ def main() -> None:
     add("--sequence-length", type=int, default=1024)
     add("--dtype", choices=DTYPES, default="bf16")
     add("--device", default="cpu")
-    add("--json", action="store_true", help="also print the figures as one JSON object, last")
+    add_json_option(parser)
     given = parser.parse_args()
     with FakeTensorMode() if given.device == "cpu" else contextlib.nullcontext():
         found = {policy: [measure(size, policy, given) for size in given.sizes] for policy in POLICIES}
-    on = describe(torch.device(given.device))
-    print(f"one layer, {given.tokens:,} tokens of width {given.width}, {given.dtype}, {on['device']}")
+    lines = [
+        f"one layer, {given.tokens:,} tokens of width {given.width}, {given.dtype}, "
+        f"{describe(given.device)['device']}"
+    ]
     for what in ("kept", "peak"):
-        print("\n".join(rows(found, what, given.sizes)) + "\n")
-    if given.json:
-        print(json.dumps({"settings": vars(given), "environment": on, "results": found}))
+        lines += [*rows(found, what, given.sizes), ""]
+    report("\n".join(lines), {"settings": vars(given), "results": found}, given.json, given.device)
 
 
 if __name__ == "__main__":

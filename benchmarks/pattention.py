@@ -11,7 +11,6 @@ On a CPU, CPU time of the process is measured, which other processes on the mach
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from environment import describe
+from reporting import add_json_option, describe, report
 from torch import Tensor
 
 from megatron_tokenformer.config.schema import ScoreNorm
@@ -197,7 +196,7 @@ def main() -> None:
     add("--threads", type=int, default=1, help="of torch on a CPU (default: 1, for a steady CPU time)")
     add("--rounds", type=int, default=7)
     add("--repeats", type=int, default=1, help="runs of each contender in a round (default: 1)")
-    add("--json", action="store_true", help="also print the figures as one JSON object, last")
+    add_json_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     results = []
@@ -205,14 +204,12 @@ def main() -> None:
         for place, n, projections in (("q, k, v", size, 3), ("FFN", 4 * size, 1)):
             work = make_work(n, projections, given)
             results.append({"place": place, "n": n, "found": measure(work, given.rounds, given.repeats)})
-    on = describe(torch.device(given.device))
-    print(
-        f"{given.tokens:,} tokens of width {given.width}, {given.dtype}, {given.score_norm}, {on['device']}"
+    head = (
+        f"{given.tokens:,} tokens of width {given.width}, {given.dtype}, {given.score_norm}, "
+        f"{describe(given.device)['device']}\n"
+        "median of the rounds' ratios to the products (lowest to highest), ratio of the least times\n"
     )
-    print("median of the rounds' ratios to the products (lowest to highest), ratio of the least times")
-    print(table(results))
-    if given.json:
-        print(json.dumps({"settings": vars(given), "environment": on, "results": results}))
+    report(head + table(results), {"settings": vars(given), "results": results}, given.json, given.device)
 
 
 if __name__ == "__main__":
