@@ -9,16 +9,16 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ladder import TWINS, twin_configs
 from reporting import add_json_option, describe, report
 
-from megatron_tokenformer.config import schema
 from megatron_tokenformer.config.load import load_config
+from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.config.traffic import (
     ACTIVATIONS,
@@ -38,7 +38,6 @@ from megatron_tokenformer.quiet import quiet_imports
 with quiet_imports():
     from megatron_tokenformer.parallel import layout
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = """examples:
   torchrun --nproc-per-node 2 benchmarks/communication.py                     # on the CPU, small
   torchrun --nproc-per-node 8 benchmarks/communication.py --positions 8192    # 8 GPUs, nccl
@@ -48,8 +47,6 @@ EXAMPLE = """examples:
   into other layouts, and without the products that a real step could hide some of this behind. "GPT's" are
   the GPT's bytes and milliseconds as multiples of the Tokenformer's above it.
 """
-# Each size of our ladder, and the config of its dense twin.
-LADDER = {"124m": "124m", "354m": "354m", "757m": "757m", "1.4b": "1.3b"}
 
 
 @dataclass(frozen=True)
@@ -67,20 +64,12 @@ class Model:
         return self.layers * sent(passes(self.layer, ranks)) + sent(passes(self.ends, ranks))
 
 
-def twins(size: str) -> list[tuple[str, schema.Model]]:
-    """The Tokenformer of this size and its dense twin, named."""
-    files = {
-        f"Tokenformer {size}": f"tokenformer-{size}.yaml",
-        f"GPT {size}": f"transformer-{LADDER[size]}.yaml",
-    }
-    return [(name, load_config(ROOT / "configs" / file).model) for name, file in files.items()]
-
-
 def models(sizes: Sequence[str], positions: int, precision: str, sequence: bool) -> list[Model]:
     """A Tokenformer and the GPT of equal size, for each of the sizes."""
     found = []
     for size in sizes:
-        for (name, model), rows in zip(twins(size), (tokenformer_rows, transformer_rows)):
+        for (name, path), rows in zip(twin_configs(size).items(), (tokenformer_rows, transformer_rows)):
+            model = load_config(path).model
             shape = model.hidden_size, positions, ELEMENT[precision], sequence
             ends = first_rows(*shape) + last_rows(*shape)
             found.append(Model(name, parameter_count(model), model.layers, rows(*shape), ends))
@@ -199,9 +188,7 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--sizes", nargs="+", choices=list(LADDER), default=list(LADDER), metavar="SIZE", help="124m ... 1.4b"
-    )
+    add("--sizes", nargs="+", choices=list(TWINS), default=list(TWINS), metavar="SIZE", help="124m ... 1.4b")
     add("--positions", type=int, default=512, help="of a micro-batch: sequences x their length")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of activations")
     add("--sequence", action="store_true", help="with sequence parallelism")
@@ -212,10 +199,11 @@ def main() -> int:
     ranks = processes.world_size
     if ranks < 2:
         raise UserError("one process exchanges nothing; start with torchrun --nproc-per-node 2")
-    sizes = (model.hidden_size for size in given.sizes for _, model in twins(size))
+    paths = (path for size in given.sizes for path in twin_configs(size).values())
+    sizes = (load_config(path).model.hidden_size for path in paths)
     if any(size % ranks for size in (*sizes, given.positions)):
         raise UserError(f"{ranks} ranks do not divide --positions {given.positions} and every model's width")
-    here = layout.start(schema.Parallel(tensor=ranks, sequence=given.sequence), processes)
+    here = layout.start(Parallel(tensor=ranks, sequence=given.sequence), processes)
     result = measure(given, here)
     if here.is_main:
         report(table(result), result, given.json)

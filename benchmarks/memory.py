@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from ladder import TOKENS
 from reporting import add_json_option, describe, report
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,7 +29,6 @@ from megatron_tokenformer.config.schema import Model, Tokens
 from megatron_tokenformer.model.tokenformer import TokenformerLayer
 from megatron_tokenformer.parallel.collectives import TensorParallel
 
-LADDER = (576, 2144, 4864, 9216)
 POLICIES = ("none", "scores", "layer")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -110,7 +110,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=list(LADDER), metavar="S", help="tokens of q, k, v, output")
+    add("--sizes", type=int, nargs="+", default=list(TOKENS), metavar="S", help="tokens of q, k, v, output")
     add("--width", type=int, default=768, help="d (default: 768)")
     add("--tokens", type=int, default=4096, help="of a micro-batch (default: 4096)")
     add("--sequence-length", type=int, default=1024)

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
+from ladder import TOKENS
 from reporting import add_json_option, describe, report
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from megatron_tokenformer.config.schema import ScoreNorm
 from megatron_tokenformer.kernels import reference
 from megatron_tokenformer.model.pattend import pattend
 
-LADDER = (576, 2144, 4864, 9216)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Pass = Callable[["Work"], object]
 
@@ -187,7 +187,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=LADDER, metavar="S", help="tokens of q, k and v; FFN has 4 S")
+    add("--sizes", type=int, nargs="+", default=TOKENS, metavar="S", help="tokens of q, k and v; FFN has 4 S")
     add("--width", type=int, default=768, help="d (default: 768)")
     add("--tokens", type=int, default=256, help="rows of the input (default: 256; on a GPU take 16384)")
     add("--score-norm", choices=get_args(ScoreNorm), default="l2_norm_gelu")

@@ -28,7 +28,7 @@ def test_the_benchmark_prints_a_table_and_writes_the_figures(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     names = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert names == ["model", "Tokenformer 1.4b", "GPT 1.4b"]
+    assert names == ["model", "Tokenformer 1.4b", "GPT 1.3b"]
     figures = json.loads(path.read_text())
     assert figures["ranks"] == 2 and figures["backend"] == "gloo"
     assert {"device", "torch", "commit", "date"} <= set(figures["environment"])
