@@ -203,6 +203,9 @@ class Training(Section):
     recompute: Literal["none", "scores", "layer"] = "none"
     """what the backward pass computes again instead of keeping it: scores, the widest tensors, for one matrix
     product of six more, after which nothing that a layer keeps grows with its tokens; or whole layers"""
+    compile: bool = False
+    """torch.compile each layer by itself, around its Pattentions and collectives, which are fused or opaque
+    already; needs Triton on a GPU, a C++ compiler without one, and minutes at the first step"""
     eval_interval: int = Field(1000, ge=0)
     """steps between evaluations; 0: only at the start and the end"""
     eval_steps: int = Field(10, ge=0)
