@@ -118,17 +118,6 @@ def test_split_over_ranks_has_the_same_loss_and_gradients(tensor: int, sequence:
     assert [part[0] for part in parts] == pytest.approx([loss] * tensor, rel=1e-6)
 
 
-def test_every_parameter_splits_on_its_rows_and_starts_as_the_whole_one() -> None:
-    whole = LanguageModel(MODEL)
-    initialize(whole, MODEL, 1, TensorParallel())
-    parts = [LanguageModel(MODEL, TensorParallel(None, rank, 4)) for rank in range(4)]
-    for rank, part in enumerate(parts):
-        initialize(part, MODEL, 1, TensorParallel(None, rank, 4))
-    for name, parameter in whole.named_parameters():
-        pieces = [part.get_parameter(name) for part in parts]
-        assert torch.equal(torch.cat(pieces) if parameter.dim() == 2 else pieces[3], parameter), name
-
-
 def test_initial_values_are_those_of_gpt2() -> None:
     model = MODEL.model_copy(update={"hidden_size": 256, "layers": 3})
     module = LanguageModel(model)
