@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting import add_json_option, report
+from reporting import add_json_option, report, settings
 
 from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import RunConfig
@@ -108,8 +108,8 @@ def measure(config: RunConfig, rounds: int, steps: int) -> dict[str, dict[str, f
 
 
 def _saver(run: Run, mode: str) -> Saver:
-    settings = run.config.checkpoint.model_copy(update={"asynchronous": mode == "asynchronous"})
-    return Saver(run.folder, settings, run.layout, lambda _: None)
+    saving = run.config.checkpoint.model_copy(update={"asynchronous": mode == "asynchronous"})
+    return Saver(run.folder, saving, run.layout, lambda _: None)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -149,7 +149,7 @@ def main() -> None:
         f"{parameters:,} parameters, {12 * parameters / 1e6:,.0f} MB of state, one process; "
         f"{given.steps} steps of {found['none']['step_ms']:,.0f} ms after each save\n"
     )
-    report(head + table(found), {"settings": vars(given), "results": found}, given.json)
+    report(head + table(found), {"settings": settings(given), "results": found}, given.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting import add_json_option, report
+from reporting import add_json_option, report, settings
 
 from megatron_tokenformer.data.batches import open_blend
 from megatron_tokenformer.data.indexed import TokenFileWriter
@@ -144,7 +144,7 @@ def main() -> None:
         found = measure(prefix, given.sequence_length, samples, given.rounds, folder)
     length = given.sequence_length
     head = f"{given.documents:,} documents, samples of {length} tokens, {samples:,} samples read\n"
-    report(head + table(found), {"settings": vars(given), "results": found}, given.json)
+    report(head + table(found), {"settings": settings(given), "results": found}, given.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from ladder import TOKENS
-from reporting import add_json_option, describe, report
+from reporting import add_json_option, describe, report, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -126,7 +126,7 @@ def main() -> None:
     ]
     for what in ("kept", "peak"):
         lines += [*rows(found, what, given.sizes), ""]
-    report("\n".join(lines), {"settings": vars(given), "results": found}, given.json, given.device)
+    report("\n".join(lines), {"settings": settings(given), "results": found}, given.json, given.device)
 
 
 if __name__ == "__main__":

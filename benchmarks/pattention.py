@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from ladder import TOKENS
-from reporting import add_json_option, describe, report
+from reporting import add_json_option, describe, report, settings
 from torch import Tensor
 
 from megatron_tokenformer.config.schema import ScoreNorm
@@ -209,7 +209,7 @@ def main() -> None:
         f"{describe(given.device)['device']}\n"
         "median of the rounds' ratios to the products (lowest to highest), ratio of the least times\n"
     )
-    report(head + table(results), {"settings": vars(given), "results": results}, given.json, given.device)
+    report(head + table(results), {"settings": settings(given), "results": results}, given.json, given.device)
 
 
 if __name__ == "__main__":

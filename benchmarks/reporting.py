@@ -21,6 +21,11 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help=what)
 
 
+def settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The command line, for the figures: all of it but where things went."""
+    return {key: value for key, value in vars(given).items() if key not in ("json", "folder", "one")}
+
+
 def report(table: str, figures: dict[str, Any], to: str | None, device: str = "cpu") -> None:
     """Print the table, and give out the figures with hardware, versions and commit.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from ladder import CONFIGS, TWINS, twin_configs
-from reporting import add_json_option, describe, report
+from reporting import add_json_option, describe, report, settings
 
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
@@ -158,7 +158,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         return {}
     pairs = {size: list(twin_configs(size)) for size in given.configs}
     return {
-        "settings": vars(given),
+        "settings": settings(given),
         "environment": rounds[names[0]][0]["environment"],  # torch, and the GPU, are the children's
         "contenders": rounds,
         "tokenformer_to_gpt": {
