@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import add_json_option, report, settings
 
 from megatron_tokenformer.config.load import validate
 from megatron_tokenformer.config.schema import RunConfig
@@ -108,8 +108,8 @@ def measure(config: RunConfig, rounds: int, steps: int) -> dict[str, dict[str, f
 
 
 def _saver(run: Run, mode: str) -> Saver:
-    settings = run.config.checkpoint.model_copy(update={"asynchronous": mode == "asynchronous"})
-    return Saver(run.folder, settings, run.layout, lambda _: None)
+    saving = run.config.checkpoint.model_copy(update={"asynchronous": mode == "asynchronous"})
+    return Saver(run.folder, saving, run.layout, lambda _: None)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -139,19 +139,17 @@ def main() -> None:
     add("--steps", type=int, default=3, help="steps after each save")
     add("--rounds", type=int, default=5)
     add("--folder", help="where the checkpoints go; by default a temporary folder")
-    add("--json", action="store_true", help="also print the figures as one JSON object, last")
+    add_json_option(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         config = run_config(Path(folder), given)
         found = measure(config, given.rounds, given.steps)
     parameters = parameter_count(config.model)
-    print(
+    head = (
         f"{parameters:,} parameters, {12 * parameters / 1e6:,.0f} MB of state, one process; "
-        f"{given.steps} steps of {found['none']['step_ms']:,.0f} ms after each save"
+        f"{given.steps} steps of {found['none']['step_ms']:,.0f} ms after each save\n"
     )
-    print(table(found))
-    if given.json:
-        print(json.dumps(found))
+    report(head + table(found), {"settings": settings(given), "results": found}, given.json)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,16 @@ Nothing is computed: each rank runs the collectives of `config/traffic.py`, with
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ladder import TWINS, twin_configs
+from reporting import add_json_option, describe, report
 
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import Parallel
@@ -41,7 +38,6 @@ from megatron_tokenformer.quiet import quiet_imports
 with quiet_imports():
     from megatron_tokenformer.parallel import layout
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = """examples:
   torchrun --nproc-per-node 2 benchmarks/communication.py                     # on the CPU, small
   torchrun --nproc-per-node 8 benchmarks/communication.py --positions 8192    # 8 GPUs, nccl
@@ -51,8 +47,6 @@ EXAMPLE = """examples:
   into other layouts, and without the products that a real step could hide some of this behind. "GPT's" are
   the GPT's bytes and milliseconds as multiples of the Tokenformer's above it.
 """
-# The dense models of arXiv 2005.14165, table 2.1, that are nearest in parameters to each size of our ladder.
-LADDER = {"124m": (12, 768), "354m": (24, 1024), "757m": (24, 1536), "1.4b": (24, 2048)}
 
 
 @dataclass(frozen=True)
@@ -74,17 +68,11 @@ def models(sizes: Sequence[str], positions: int, precision: str, sequence: bool)
     """A Tokenformer and the GPT of equal size, for each of the sizes."""
     found = []
     for size in sizes:
-        ours = load_config(str(ROOT / f"configs/tokenformer-{size}.yaml")).model
-        layers, width = LADDER[size]
-        # 12 d^2 numbers in a layer of attention (4 d^2) and an MLP of four times the width (8 d^2).
-        dense = 12 * layers * width**2 + ours.vocab_size * width
-        for name, depth, breadth, parameters, rows in (
-            (f"Tokenformer {size}", ours.layers, ours.hidden_size, parameter_count(ours), tokenformer_rows),
-            (f"GPT {size}", layers, width, dense, transformer_rows),
-        ):
-            shape = breadth, positions, ELEMENT[precision], sequence
+        for (name, path), rows in zip(twin_configs(size).items(), (tokenformer_rows, transformer_rows)):
+            model = load_config(path).model
+            shape = model.hidden_size, positions, ELEMENT[precision], sequence
             ends = first_rows(*shape) + last_rows(*shape)
-            found.append(Model(name, parameters, depth, rows(*shape), ends))
+            found.append(Model(name, parameter_count(model), model.layers, rows(*shape), ends))
     return found
 
 
@@ -110,7 +98,8 @@ def measure(given: argparse.Namespace, here: layout.Layout) -> dict[str, Any]:
             ratios(*seconds[i : i + 2], *contenders[i : i + 2], here.tensor.size)
             for i in range(0, len(contenders), 2)
         ],
-        **surroundings(here),
+        "backend": dist.get_backend(here.tensor.group),
+        "environment": describe(str(here.device)),
     }
 
 
@@ -170,35 +159,14 @@ def ratios(
     return {"bytes": gpt.sent(ranks) / mine.sent(ranks), "seconds": median(each)}
 
 
-def surroundings(here: layout.Layout) -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    gpu = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else None
-    return {
-        "device": gpu or f"{_processor()}, {len(os.sched_getaffinity(0))} cores, no GPU",
-        "backend": dist.get_backend(here.tensor.group),
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
-        "changed_since": bool(changed.stdout.strip()),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def table(result: dict[str, Any]) -> str:
     """The result in Markdown."""
+    on = result["environment"]
     rows = [
-        f"{result['ranks']} ranks, {result['backend']}, {result['device']}; {result['positions']} positions "
+        f"{result['ranks']} ranks, {result['backend']}, {on['device']}, {on['cores']} cores; "
+        f"{result['positions']} positions "
         f"in {result['precision']}{', sequence parallel' if result['sequence'] else ''}; median of "
-        f"{result['rounds']} rounds; load average {result['load_average'][0]:.1f}",
+        f"{result['rounds']} rounds; load average {on['load_average'][0]:.1f}",
         "",
         "| model | parameters, M | layers | a rank sends, MB | a layer, ms | all, ms | GPT's MB | GPT's ms |",
         "|---|---|---|---|---|---|---|---|",
@@ -220,27 +188,25 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--sizes", nargs="+", choices=list(LADDER), default=list(LADDER), metavar="SIZE", help="124m ... 1.4b"
-    )
+    add("--sizes", nargs="+", choices=list(TWINS), default=list(TWINS), metavar="SIZE", help="124m ... 1.4b")
     add("--positions", type=int, default=512, help="of a micro-batch: sequences x their length")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of activations")
     add("--sequence", action="store_true", help="with sequence parallelism")
     add("--rounds", type=int, default=5)
-    add("--json", metavar="FILE", help="also write the figures there")
+    add_json_option(parser)
     given = parser.parse_args()
     processes = find_processes()
     ranks = processes.world_size
     if ranks < 2:
         raise UserError("one process exchanges nothing; start with torchrun --nproc-per-node 2")
-    if any(LADDER[size][1] % ranks or 768 % ranks for size in given.sizes) or given.positions % ranks:
+    paths = (path for size in given.sizes for path in twin_configs(size).values())
+    sizes = (load_config(path).model.hidden_size for path in paths)
+    if any(size % ranks for size in (*sizes, given.positions)):
         raise UserError(f"{ranks} ranks do not divide --positions {given.positions} and every model's width")
     here = layout.start(Parallel(tensor=ranks, sequence=given.sequence), processes)
     result = measure(given, here)
     if here.is_main:
-        print(table(result))
-        if given.json:
-            Path(given.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        report(table(result), result, given.json)
     layout.stop()
     return 0
 

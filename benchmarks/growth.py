@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from reporting import add_json_option, report
 from torch import Tensor
 
 from megatron_tokenformer.checkpoint import store
@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path, config: RunConfig, ranks: int = 2, step: int 
         step=step,
         position=step * config.training.global_batch_size,
         adam_step=step,
-        taus=taus_to_json(initial_taus(config.model.tokens)),
+        taus=taus_to_json(initial_taus(config.model)),
         shapes={name: list(shape) for name, shape in shapes.items()},
         states=list(STATES),
         shards=shards,
@@ -163,8 +163,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "rounds": args.rounds,
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "start_up_seconds": done["start_up"],
         "memory_before_growth": done["memory_before"],
         "memory_more": memory,
@@ -215,13 +213,11 @@ def main() -> None:
     add("--ranks", type=int, default=2, metavar="N", help="shards of the old checkpoint (default: 2)")
     add("--rounds", type=int, default=3, metavar="N", help="of every contender in turn (default: 3)")
     add("--folder", default=".", help="disk to measure (default: that of this folder); all is removed again")
-    add("--json", metavar="FILE", help="write the figures to FILE too")
+    add_json_option(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="growth-") as folder:
         result = measure(args, Path(folder))
-    print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report(table(result), result, args.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ turns, so that a busy machine is busy for all; what counts are ratios.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import add_json_option, report, settings
 
 from megatron_tokenformer.data.batches import open_blend
 from megatron_tokenformer.data.indexed import TokenFileWriter
@@ -135,19 +135,16 @@ def main() -> None:
     add("--mean-length", type=int, default=400, help="tokens of a document, on average")
     add("--sequence-length", type=int, default=2048)
     add("--rounds", type=int, default=5)
-    add("--json", action="store_true", help="also print the figures as one JSON object, last")
+    add_json_option(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "benchmark_text_document")
         write_dataset(prefix, given.documents, given.mean_length)
         samples = given.documents * given.mean_length // given.sequence_length * 9 // 10
         found = measure(prefix, given.sequence_length, samples, given.rounds, folder)
-    print(
-        f"{given.documents:,} documents, samples of {given.sequence_length} tokens, {samples:,} samples read"
-    )
-    print(table(found))
-    if given.json:
-        print(json.dumps(found))
+    length = given.sequence_length
+    head = f"{given.documents:,} documents, samples of {length} tokens, {samples:,} samples read\n"
+    report(head + table(found), {"settings": settings(given), "results": found}, given.json)
 
 
 if __name__ == "__main__":

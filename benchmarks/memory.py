@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from environment import describe
+from ladder import TOKENS
+from reporting import add_json_option, describe, report, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -29,7 +29,6 @@ from megatron_tokenformer.config.schema import Model, Tokens
 from megatron_tokenformer.model.tokenformer import TokenformerLayer
 from megatron_tokenformer.parallel.collectives import TensorParallel
 
-LADDER = (576, 2144, 4864, 9216)
 POLICIES = ("none", "scores", "layer")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -111,22 +110,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=list(LADDER), metavar="S", help="tokens of q, k, v, output")
+    add("--sizes", type=int, nargs="+", default=list(TOKENS), metavar="S", help="tokens of q, k, v, output")
     add("--width", type=int, default=768, help="d (default: 768)")
     add("--tokens", type=int, default=4096, help="of a micro-batch (default: 4096)")
     add("--sequence-length", type=int, default=1024)
     add("--dtype", choices=DTYPES, default="bf16")
     add("--device", default="cpu")
-    add("--json", action="store_true", help="also print the figures as one JSON object, last")
+    add_json_option(parser)
     given = parser.parse_args()
     with FakeTensorMode() if given.device == "cpu" else contextlib.nullcontext():
         found = {policy: [measure(size, policy, given) for size in given.sizes] for policy in POLICIES}
-    on = describe(torch.device(given.device))
-    print(f"one layer, {given.tokens:,} tokens of width {given.width}, {given.dtype}, {on['device']}")
+    lines = [
+        f"one layer, {given.tokens:,} tokens of width {given.width}, {given.dtype}, "
+        f"{describe(given.device)['device']}"
+    ]
     for what in ("kept", "peak"):
-        print("\n".join(rows(found, what, given.sizes)) + "\n")
-    if given.json:
-        print(json.dumps({"settings": vars(given), "environment": on, "results": found}))
+        lines += [*rows(found, what, given.sizes), ""]
+    report("\n".join(lines), {"settings": settings(given), "results": found}, given.json, given.device)
 
 
 if __name__ == "__main__":

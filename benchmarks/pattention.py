@@ -11,7 +11,6 @@ On a CPU, CPU time of the process is measured, which other processes on the mach
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -21,14 +20,14 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from environment import describe
+from ladder import TOKENS
+from reporting import add_json_option, describe, report, settings
 from torch import Tensor
 
 from megatron_tokenformer.config.schema import ScoreNorm
 from megatron_tokenformer.kernels import reference
 from megatron_tokenformer.model.pattend import pattend
 
-LADDER = (576, 2144, 4864, 9216)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Pass = Callable[["Work"], object]
 
@@ -188,7 +187,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=LADDER, metavar="S", help="tokens of q, k and v; FFN has 4 S")
+    add("--sizes", type=int, nargs="+", default=TOKENS, metavar="S", help="tokens of q, k and v; FFN has 4 S")
     add("--width", type=int, default=768, help="d (default: 768)")
     add("--tokens", type=int, default=256, help="rows of the input (default: 256; on a GPU take 16384)")
     add("--score-norm", choices=get_args(ScoreNorm), default="l2_norm_gelu")
@@ -197,7 +196,7 @@ def main() -> None:
     add("--threads", type=int, default=1, help="of torch on a CPU (default: 1, for a steady CPU time)")
     add("--rounds", type=int, default=7)
     add("--repeats", type=int, default=1, help="runs of each contender in a round (default: 1)")
-    add("--json", action="store_true", help="also print the figures as one JSON object, last")
+    add_json_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     results = []
@@ -205,14 +204,12 @@ def main() -> None:
         for place, n, projections in (("q, k, v", size, 3), ("FFN", 4 * size, 1)):
             work = make_work(n, projections, given)
             results.append({"place": place, "n": n, "found": measure(work, given.rounds, given.repeats)})
-    on = describe(torch.device(given.device))
-    print(
-        f"{given.tokens:,} tokens of width {given.width}, {given.dtype}, {given.score_norm}, {on['device']}"
+    head = (
+        f"{given.tokens:,} tokens of width {given.width}, {given.dtype}, {given.score_norm}, "
+        f"{describe(given.device)['device']}\n"
+        "median of the rounds' ratios to the products (lowest to highest), ratio of the least times\n"
     )
-    print("median of the rounds' ratios to the products (lowest to highest), ratio of the least times")
-    print(table(results))
-    if given.json:
-        print(json.dumps({"settings": vars(given), "environment": on, "results": results}))
+    report(head + table(results), {"settings": settings(given), "results": results}, given.json, given.device)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import orjson
 import zstandard
+from reporting import add_json_option, report
 
 from megatron_tokenformer.data.tokenizer_training import train_tokenizer
 from megatron_tokenformer.errors import UserError, run_cli
@@ -174,7 +174,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "vocab_size": args.vocab_size,
         "start_up_seconds": round(start_up, 3),
         "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
         "tokens_per_second": {
             name: {"median": median(values), "lowest": min(values), "highest": max(values)}
             for name, values in rates.items()
@@ -233,14 +232,12 @@ def main() -> None:
         help="of the tool (default: all cores)",
     )
     add("--rounds", type=int, default=3, metavar="N", help="of every contender in turn (default: 3)")
-    add("--json", metavar="FILE", help="write the figures to FILE too")
+    add_json_option(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.corpus, args.megabytes, args.vocab_size)
         result = measure(args, Path(folder))
-    print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report(table(result), result, args.json)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 import filecmp
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 from preprocess import CORPORA, ROOT, make_inputs
+from reporting import add_json_option, report
 
 from megatron_tokenformer.data.tokenizer_training import END_OF_TEXT
 from megatron_tokenformer.errors import UserError, run_cli
@@ -199,7 +199,6 @@ def measure(args: argparse.Namespace, contenders: list[Contender], folder: Path)
         "tokens": summary["tokens"],
         "vocab_size": summary["tokenizer"]["vocab_size"],
         "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
         "load_before_rounds": loads,
         "contenders": {
             name: compare(runs, usages[OURS], summary["tokens"])
@@ -286,7 +285,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--vocab-size", type=int, default=50_000, metavar="N", help="(default: 50000)")
     add("--workers", type=int, default=2, metavar="N", help="of each tool (default: 2)")
     add("--rounds", type=int, default=3, metavar="N", help="of every tool in turn (default: 3)")
-    add("--json", metavar="FILE", help="write the figures to FILE too")
+    add_json_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -299,9 +298,7 @@ def main() -> None:
         contenders = find_contenders(checkouts, folder, args.workers)
         prepare(folder, args.corpus, args.megabytes, args.vocab_size)
         result = measure(args, contenders, folder)
-    print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report(table(result), result, args.json)
 
 
 if __name__ == "__main__":

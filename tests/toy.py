@@ -15,6 +15,8 @@ from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
 
 VOCABULARY = 64
+DENSE = {"architecture": "transformer", "tokens": None}
+"""what makes the toy's model a dense one"""
 
 
 def write_tokens(folder: Path, name: str = "toy", tokens: int = 40_000, seed: int = 0) -> str:

@@ -26,7 +26,7 @@ from megatron_tokenformer.checkpoint.resize_report import describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
 from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
-from megatron_tokenformer.config.growth import Growth, Shrinking
+from megatron_tokenformer.config.growth import Growth, Shrinking, check_has_tokens
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.target_size import parse_count, parse_tokens, tokens_for
@@ -210,6 +210,7 @@ def target_config(given: argparse.Namespace, source: Path, manifest: Manifest) -
         return load_config(given.config, given.overrides)
     own = stored_config(source, manifest)
     before = own.model
+    check_has_tokens(before, "shrinking" if given.shrink else "growth")
     if given.tokens:
         tokens = parse_tokens(given.tokens, before.tokens)
     else:

@@ -130,7 +130,8 @@ def print_checkpoint(found: Inspection, tensors: bool) -> None:
         "spent": f"{manifest.totals['tokens']:,.0f} tokens, {manifest.totals['flops']:.3g} FLOPs",
         "parameters": f"{count_parameters(manifest):,}, as {', '.join(manifest.states)} in fp32",
         "written by": _value(manifest.layout or "unknown"),
-        "tau": ", ".join(f"{printable(role)} {_course(tau)}" for role, tau in manifest.taus.items()),
+        "tau": ", ".join(f"{printable(role)} {_course(tau)}" for role, tau in manifest.taus.items())
+        or "none",
         "tokenizer": printable(manifest.tokenizer or "unknown"),
     }
     for key, value in facts.items():

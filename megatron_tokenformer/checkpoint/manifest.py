@@ -248,7 +248,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def _check_structure(manifest: Manifest) -> None:
-    for kind, needed in (("taus", {"qkv", "output", "ffn"}), ("totals", {"tokens", "flops"})):
+    sections = ("model", "data", "optimizer", "training")
+    if any(not isinstance(manifest.config.get(key, {}), dict) for key in sections):
+        raise ValueError("config has a section that is none")
+    dense = manifest.config.get("model", {}).get("architecture") == "transformer"
+    roles = set() if dense else {"qkv", "output", "ffn"}
+    for kind, needed in (("taus", roles), ("totals", {"tokens", "flops"})):
         missing = needed - getattr(manifest, kind).keys()
         if missing:
             raise ValueError(f"{kind} lack {', '.join(sorted(missing))}")
@@ -256,9 +261,6 @@ def _check_structure(manifest: Manifest) -> None:
         raise ValueError("a tau lacks its start, end or steps")
     if min(manifest.totals.values()) < 0:
         raise ValueError(f"totals are {manifest.totals}")
-    sections = ("model", "data", "optimizer", "training")
-    if any(not isinstance(manifest.config.get(key, {}), dict) for key in sections):
-        raise ValueError("config has a section that is none")
     if manifest.states not in ([WEIGHT], list(STATES)):
         raise ValueError(f"states are {manifest.states}")
     _check_names(manifest)

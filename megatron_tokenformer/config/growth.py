@@ -106,7 +106,21 @@ def changes_of_function(model: Model, growth: Growth) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
 
 
+def check_has_tokens(model: Model, what: str) -> None:
+    """Refuse `growth` or `shrinking` of a dense model.
+
+    Raises:
+        UserError: it is one.
+    """
+    if model.architecture == "transformer":
+        raise UserError(
+            f"{what} is of parameter tokens, and model.architecture=transformer has none; "
+            f"a checkpoint of architecture tokenformer would work"
+        )
+
+
 def _keep_all_but_tokens(before: Model, after: Model, what: str) -> None:
+    check_has_tokens(before, what)
     for key in Model.model_fields:
         old, new = getattr(before, key), getattr(after, key)
         if key != "tokens" and old != new:

@@ -8,9 +8,17 @@ two keys of one config are made here and name both; those that need the number o
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from megatron_tokenformer.errors import UserError
 
@@ -28,6 +36,10 @@ Length = Annotated[int, Field(ge=1, le=2**31 - 1)]
 """of what Megatron's index, too, counts in 32 bits"""
 Steps = Annotated[int, Field(ge=1, le=10**12)]
 StepsOrZero = Annotated[int, Field(ge=0, le=10**12)]
+
+
+TOKENFORMER_KEYS = ("tokens", "score_norm")
+"""keys of Model that are of its Pattentions, so that a dense model has neither"""
 
 
 class Section(BaseModel):
@@ -50,7 +62,8 @@ class Tokens(Section):
 class Model(Section):
     """The network.  The defaults are the 124M model of the paper's ladder."""
 
-    architecture: Literal["tokenformer"] = "tokenformer"
+    architecture: Literal["tokenformer", "transformer"] = "tokenformer"
+    """transformer: a dense GPT in the same engine, for comparisons; it has no tokens and no score_norm"""
     layers: Layers = 12
     hidden_size: Channels = 768
     attention_heads: Channels = 12
@@ -72,6 +85,26 @@ class Model(Section):
     def rotary_size(self) -> int:
         """Rotated channels of one head: even, at least 2 unless the fraction is 0."""
         return 2 * max(int(self.head_size * self.rotary_fraction) // 2, self.rotary_fraction > 0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_transformer_has_no_tokens(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("architecture") != "transformer":
+            return given
+        for key in TOKENFORMER_KEYS:
+            if given.get(key) is not None:
+                raise ValueError(
+                    f"model.{key} is of a tokenformer, and model.architecture=transformer; leave it out, or "
+                    f"write model.{key}=null where a base has it"
+                )
+        return {key: value for key, value in given.items() if key not in TOKENFORMER_KEYS}
+
+    @model_serializer(mode="wrap")
+    def _without_what_it_has_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = dump(self)
+        if self.architecture == "transformer":
+            tree = {key: value for key, value in tree.items() if key not in TOKENFORMER_KEYS}
+        return tree
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Model:
@@ -179,6 +212,9 @@ class Training(Section):
     recompute: Literal["none", "scores", "layer"] = "none"
     """what the backward pass computes again instead of keeping it: scores, the widest tensors, for one matrix
     product of six more, after which nothing that a layer keeps grows with its tokens; or whole layers"""
+    compile: bool = False
+    """torch.compile each layer by itself, around its Pattentions and collectives, which are fused or opaque
+    already; needs Triton on a GPU, a C++ compiler without one, and minutes at the first step"""
     eval_interval: StepsOrZero = 1000
     """steps between evaluations; 0: only at the start and the end"""
     eval_steps: StepsOrZero = 10
@@ -239,12 +275,12 @@ class RunConfig(Section):
     def _tensor_parallel_divides(self) -> RunConfig:
         tensor = self.parallel.tensor
         divided = {
-            "model.tokens.qkv": self.model.tokens.qkv,
-            "model.tokens.output": self.model.tokens.output,
-            "model.tokens.ffn": self.model.tokens.ffn,
             "model.attention_heads": self.model.attention_heads,
             "model.vocab_size": self.model.vocab_size,
         }
+        if self.model.architecture == "tokenformer":
+            tokens = self.model.tokens
+            divided = {f"model.tokens.{key}": getattr(tokens, key) for key in Tokens.model_fields} | divided
         if self.parallel.sequence:
             divided["data.sequence_length"] = self.data.sequence_length
         for key, value in divided.items():
@@ -274,6 +310,21 @@ class RunConfig(Section):
                 f"parallel.pipeline={self.parallel.pipeline} is more than model.layers={self.model.layers}; "
                 f"parallel.pipeline={self.model.layers} would work"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_transformer_has_neither_scores_nor_old_tokens(self) -> RunConfig:
+        if self.model.architecture == "transformer":
+            if self.training.recompute == "scores":
+                raise ValueError(
+                    "training.recompute=scores is of a tokenformer, and model.architecture=transformer; "
+                    "none or layer would work"
+                )
+            if self.optimizer.old_token_lr_scale < 1.0:
+                raise ValueError(
+                    f"optimizer.old_token_lr_scale={self.optimizer.old_token_lr_scale:g} is of a tokenformer "
+                    f"that has grown, and model.architecture=transformer; leave it out"
+                )
         return self
 
     @model_validator(mode="after")

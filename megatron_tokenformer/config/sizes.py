@@ -56,18 +56,27 @@ def chunk_rows(tokens: int, chunk_scores: int = CHUNK_SCORES) -> int:
     return max(chunk_scores // tokens // 128, 1) * 128
 
 
+def product_weights(model: Model) -> int:
+    """Numbers of one layer's matrices: K and V of its Pattentions, or a dense layer's 12 d^2."""
+    d = model.hidden_size
+    return 12 * d**2 if model.architecture == "transformer" else 2 * d * pattention_tokens(model)
+
+
+def norm_weights(model: Model) -> int:
+    """Gains and biases of one layer: a dense layer's two norms have them, a Tokenformer's have none."""
+    return 4 * model.hidden_size if model.architecture == "transformer" else 0
+
+
 def parameter_count(model: Model) -> int:
-    """Trained numbers of the model: tied embedding, Pattentions (K and V), final norm."""
-    embedding = model.vocab_size * model.hidden_size
-    pattentions = model.layers * pattention_tokens(model) * 2 * model.hidden_size
-    return embedding + pattentions + 2 * model.hidden_size
+    """Trained numbers of the model: tied embedding, layers, final norm."""
+    layer = product_weights(model) + norm_weights(model)
+    return model.vocab_size * model.hidden_size + model.layers * layer + 2 * model.hidden_size
 
 
 def layer_forward_flops(model: Model, sequence_length: int) -> int:
-    """Operations of one layer for one token, forward: 4 d per parameter token, for its key and its value
-    product, and 2 s d for causal attention's two products with on average s/2 positions."""
-    d = model.hidden_size
-    return 4 * d * pattention_tokens(model) + 2 * sequence_length * d
+    """Operations of one layer for one token, forward: 2 per weight (so 4 d per parameter token, 24 d^2 if
+    dense), and 2 s d for causal attention's two products with on average s/2 positions."""
+    return 2 * product_weights(model) + 2 * sequence_length * model.hidden_size
 
 
 def head_forward_flops(model: Model) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from megatron_tokenformer.config.schema import RunConfig, ScoreNorm
-from megatron_tokenformer.config.sizes import micro_batch_tokens, pattention_tokens
+from megatron_tokenformer.config.sizes import micro_batch_tokens, norm_weights, product_weights
 from megatron_tokenformer.config.stages import stage_layers
 
 FP32 = 4
@@ -106,11 +106,11 @@ def tokenformer_rows(
 def transformer_rows(width: int, positions: int, element: int, sequence: bool) -> list[Row]:
     """A dense Transformer layer's, split as Megatron does: 8 (p-1)/p of [s, b, d].
 
-    Into and out of attention, into and out of the MLP (arXiv 1909.08053, 2205.05198).  Under sequence
-    parallelism Megatron's own code gathers the two inputs once more in the backward pass, to keep less; that
-    is not counted here, as we keep them.
+    Into and out of attention, into and out of the MLP (arXiv 1909.08053, 2205.05198), and under sequence
+    parallelism the gradients of its norms.  There Megatron's own code gathers the two inputs once more in the
+    backward pass, to keep less; that is not counted here, as we keep them.
     """
-    return [*_boundaries(positions * width * element, sequence)] * 2
+    return [*_norm(width, element, sequence), *_boundaries(positions * width * element, sequence)] * 2
 
 
 def first_rows(width: int, positions: int, element: int, sequence: bool) -> list[Row]:
@@ -120,10 +120,14 @@ def first_rows(width: int, positions: int, element: int, sequence: bool) -> list
 
 def last_rows(width: int, positions: int, element: int, sequence: bool) -> list[Row]:
     """The head's and the loss's, on the last stage.  The loss is megatron-core's cross entropy."""
-    replicated = [Row(ACTIVATIONS, 2 * width * element, None, "all-reduce")]  # final norm: gain and bias
     maximum_label_and_sum = [Row(LOSS, positions * FP32, "all-reduce", None)] * 3
     head = _boundaries(positions * width * element, sequence)[0]
-    return [*(replicated if sequence else []), head, *maximum_label_and_sum]
+    return [*_norm(width, element, sequence), head, *maximum_label_and_sum]
+
+
+def _norm(width: int, element: int, sequence: bool) -> list[Row]:
+    """A norm's gain and bias: whole on every rank, whose gradients are sums over the ranks' positions."""
+    return [Row(ACTIVATIONS, 2 * width * element, None, "all-reduce")] if sequence else []
 
 
 def _boundaries(size: int, sequence: bool) -> tuple[Row, Row]:
@@ -161,7 +165,11 @@ def tensor_traffic(config: RunConfig, precision: str, stage: int) -> list[Traffi
     # With `layer` the backward pass runs the layer forward again, collectives and all.  With `scores` it only
     # makes products again.
     again = 2 if config.training.recompute == "layer" else 1
-    layer = passes(tokenformer_rows(*shape, model.score_norm), ranks, forward=again)
+    if model.architecture == "transformer":
+        rows = transformer_rows(*shape)
+    else:
+        rows = tokenformer_rows(*shape, model.score_norm)
+    layer = passes(rows, ranks, forward=again)
     layers = stage_layers(config)[stage]
     return [
         *(passes(first_rows(*shape), ranks) if first else []),
@@ -214,9 +222,11 @@ def ends(config: RunConfig, stage: int) -> tuple[bool, bool]:
 def stage_parameters(config: RunConfig, stage: int) -> int:
     """Parameters that a rank of a pipeline stage holds; first and last both hold the embedding."""
     model, (first, last) = config.model, ends(config, stage)
-    rows = stage_layers(config)[stage] * 2 * pattention_tokens(model)
-    rows += model.vocab_size if first or last else 0
-    return (rows // config.parallel.tensor + 2 * last) * model.hidden_size
+    layers = stage_layers(config)[stage]
+    embedding = model.vocab_size * model.hidden_size if first or last else 0
+    split = layers * product_weights(model) + embedding
+    whole = layers * norm_weights(model) + (2 * model.hidden_size if last else 0)
+    return split // config.parallel.tensor + whole
 
 
 def padded_parameters(config: RunConfig, stage: int, data_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Causal self-attention whose four projections are Pattentions.
+"""Causal self-attention of heads, and the layer's attention whose four projections are Pattentions.
 
 Under tensor parallelism tokens are split inside the projections and heads inside the attention itself, so
 a layer changes from the one to the other and back:
@@ -36,20 +36,29 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Attend to earlier positions: all of them, or with `positions` [b, s] those of the same document."""
-        query, key, value = self._project_onto_local_heads(x)
-        query, key = (rotate(heads, self.rotary_size, positions) for heads in (query, key))
-        mask = None if positions is None else same_document(positions)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-        context = context.permute(2, 0, 1, 3).flatten(start_dim=2)  # [b, h/p, s, c] -> [s, b, d/p]
+        parts = partials(x, (self.query, self.key, self.value))  # one sum of totals for the three
+        if self.ranks.size > 1:  # and one scatter onto this rank's heads
+            parts = scatter_sum(torch.stack(parts, dim=2), self.ranks, dim=-1).unbind(2)  # [s, b, 3, d/p]
+        context = attend(*parts, self.head_size, self.rotary_size, positions)
         return self.output.partial(gather_from_ranks(context, self.ranks, dim=-1))
 
-    def _project_onto_local_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of this rank's heads, [b, h/p, s, c] each: one sum of totals, one scatter for the three."""
-        parts = partials(x, (self.query, self.key, self.value))
-        if self.ranks.size > 1:
-            parts = scatter_sum(torch.stack(parts, dim=2), self.ranks, dim=-1).unbind(2)  # [s, b, 3, d/p]
-        query, key, value = (part.unflatten(-1, (-1, self.head_size)).permute(1, 2, 0, 3) for part in parts)
-        return query, key, value
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, head_size: int, rotary_size: int, positions: Tensor | None
+) -> Tensor:
+    """Causal attention of this rank's heads: q, k, v, [s, b, d/p] each, to [s, b, d/p].
+
+    Args:
+        rotary_size: channels of a head that are rotated.
+        positions: [b, s], where documents do not see each other; see `rotate` and `same_document`.
+    """
+    query, key, value = (
+        part.unflatten(-1, (-1, head_size)).permute(1, 2, 0, 3) for part in (query, key, value)
+    )
+    query, key = (rotate(heads, rotary_size, positions) for heads in (query, key))
+    mask = None if positions is None else same_document(positions)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    return context.permute(2, 0, 1, 3).flatten(start_dim=2)  # [b, h/p, s, c] -> [s, b, d/p]
 
 
 def same_document(positions: Tensor) -> Tensor:

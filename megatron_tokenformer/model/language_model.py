@@ -13,9 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tokenformer.config.schema import Model
+from megatron_tokenformer.model.ends import Embedding, FinalNorm
 from megatron_tokenformer.model.initialization import normal_rows
-from megatron_tokenformer.model.tokenformer import Embedding, FinalNorm, TokenformerLayer
+from megatron_tokenformer.model.tokenformer import TokenformerLayer
+from megatron_tokenformer.model.transformer import TransformerLayer
 from megatron_tokenformer.parallel.collectives import TensorParallel
+
+
+def build_layer(
+    model: Model, ranks: TensorParallel, index: int, recompute_scores: bool = False
+) -> TokenformerLayer | TransformerLayer:
+    """Layer `index` of the model's architecture; `recompute_scores` is of Pattentions alone."""
+    if model.architecture == "transformer":
+        return TransformerLayer(model, ranks, index)
+    return TokenformerLayer(model, ranks, index, recompute_scores)
 
 
 class LanguageModel(nn.Module):
@@ -27,7 +38,7 @@ class LanguageModel(nn.Module):
     def __init__(self, model: Model, ranks: TensorParallel = TensorParallel()) -> None:
         super().__init__()
         self.embedding = Embedding(model, ranks)
-        self.layers = nn.ModuleList(TokenformerLayer(model, ranks, i) for i in range(model.layers))
+        self.layers = nn.ModuleList(build_layer(model, ranks, i) for i in range(model.layers))
         self.final_norm = FinalNorm(model, ranks)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -56,10 +67,16 @@ def full_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def initial_std(model: Model, name: str) -> float:
-    """Standard deviation of a parameter's initial values (those of the published models)."""
+    """Standard deviation of a parameter's initial values.
+
+    A Tokenformer's are those of the published models; a dense model's are GPT-2's, where what is added to the
+    residual stream is smaller the more layers add to it.
+    """
     if name.endswith("value_tokens"):
         return 2.0 / (model.layers * math.sqrt(model.hidden_size))
-    return 0.0 if name.startswith("final_norm.") else 0.02
+    if name.endswith((".attention.output.weight", ".mlp.down.weight")):
+        return 0.02 / math.sqrt(2 * model.layers)
+    return 0.0 if name.endswith(("norm.gain_minus_one", "norm.bias")) else 0.02
 
 
 @torch.no_grad()

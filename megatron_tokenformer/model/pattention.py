@@ -84,8 +84,13 @@ class Pattention(nn.Module):
         return f"tokens={self.tokens}, score_norm={self.kind}, tau={self.tau:g}"
 
 
+@torch.compiler.disable
 def partials(x: Tensor, layers: Sequence[Pattention]) -> list[Tensor]:
-    """This rank's part of the output of each of several alike layers of one input, with one sum of totals."""
+    """This rank's part of the output of each of several alike layers of one input, with one sum of totals.
+
+    Opaque to torch.compile: its passes are written out and fused already, and a tau that moves would be a new
+    constant to compile for at every step.
+    """
     first = layers[0]
     return pattend(
         x,

@@ -13,7 +13,8 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
 from megatron_tokenformer.config.schema import Model
-from megatron_tokenformer.model.tokenformer import Embedding, FinalNorm, TokenformerLayer
+from megatron_tokenformer.model.ends import Embedding, FinalNorm
+from megatron_tokenformer.model.language_model import build_layer
 from megatron_tokenformer.parallel.collectives import TensorParallel
 
 Carried = Tensor | tuple[Tensor, Tensor]
@@ -21,11 +22,11 @@ Carried = Tensor | tuple[Tensor, Tensor]
 
 
 class PipelineLayer(nn.Module):
-    """A TokenformerLayer that hands on the positions, if there are any, with its activations."""
+    """A layer that hands on the positions, if there are any, with its activations."""
 
     def __init__(self, model: Model, ranks: TensorParallel, index: int, recompute_scores: bool) -> None:
         super().__init__()
-        self.layer = TokenformerLayer(model, ranks, index, recompute_scores)
+        self.layer = build_layer(model, ranks, index, recompute_scores)
 
     def forward(self, carried: Carried) -> Carried:
         x, positions = carried if isinstance(carried, tuple) else (carried, None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_tokenformer.config.schema import Tokens
+from megatron_tokenformer.config.schema import Model
 from megatron_tokenformer.model.tokenformer import TokenformerLayer
 
 ROLES = ("qkv", "output", "ffn")
@@ -35,7 +35,7 @@ class TauSchedule:
 
 
 Taus = dict[str, TauSchedule]
-"""A schedule for each of ROLES."""
+"""A schedule for each of ROLES; none in a dense model."""
 
 
 def constant_tau(value: float) -> TauSchedule:
@@ -43,9 +43,11 @@ def constant_tau(value: float) -> TauSchedule:
     return TauSchedule(value, value)
 
 
-def initial_taus(tokens: Tokens) -> Taus:
+def initial_taus(model: Model) -> Taus:
     """sqrt(n) for each role: what a model starts with."""
-    return {role: constant_tau(math.sqrt(getattr(tokens, role))) for role in ROLES}
+    if model.architecture == "transformer":
+        return {}
+    return {role: constant_tau(math.sqrt(getattr(model.tokens, role))) for role in ROLES}
 
 
 def taus_to_json(taus: Taus) -> dict[str, Any]:
@@ -58,12 +60,13 @@ def taus_from_json(stored: dict[str, Any]) -> Taus:
     return {
         role: TauSchedule(stored[role]["start"], stored[role]["end"], int(stored[role]["steps"]))
         for role in ROLES
+        if role in stored
     }
 
 
 def set_taus(module: nn.Module, taus: Taus, step: int) -> None:
     """Give every Pattention of the layers inside `module` its tau for this step."""
-    values = {role: taus[role].at(step) for role in ROLES}
+    values = {role: schedule.at(step) for role, schedule in taus.items()}
     for layer in module.modules():
         if isinstance(layer, TokenformerLayer):
             attention = layer.attention

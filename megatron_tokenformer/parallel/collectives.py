@@ -48,27 +48,34 @@ class TensorParallel:
 
 def copy_to_ranks(x: Tensor, ranks: TensorParallel) -> Tensor:
     """Hand the same tensor to every rank's own computation; the gradients of those are summed."""
-    return x if ranks.size == 1 else _Copy.apply(x, ranks)
+    return x if ranks.size == 1 else _apply(_Copy, x, ranks)
 
 
 def sum_from_ranks(x: Tensor, ranks: TensorParallel) -> Tensor:
     """Sum partial results; all ranks then compute the same thing with the sum."""
-    return x if ranks.size == 1 else _Sum.apply(x, ranks, False)
+    return x if ranks.size == 1 else _apply(_Sum, x, ranks, False)
 
 
 def sum_over_ranks(x: Tensor, ranks: TensorParallel) -> Tensor:
     """Sum partial results; each rank then computes something of its own with the sum."""
-    return x if ranks.size == 1 else _Sum.apply(x, ranks, True)
+    return x if ranks.size == 1 else _apply(_Sum, x, ranks, True)
 
 
 def gather_from_ranks(x: Tensor, ranks: TensorParallel, dim: int) -> Tensor:
     """Join the ranks' slices along `dim`; the gradients of the whole are summed, each rank gets its slice."""
-    return x if ranks.size == 1 else _Gather.apply(x, ranks, dim)
+    return x if ranks.size == 1 else _apply(_Gather, x, ranks, dim)
 
 
 def scatter_sum(x: Tensor, ranks: TensorParallel, dim: int) -> Tensor:
     """Sum partial results and keep this rank's slice of the sum along `dim`."""
-    return x if ranks.size == 1 else _ScatterSum.apply(x, ranks, dim)
+    return x if ranks.size == 1 else _apply(_ScatterSum, x, ranks, dim)
+
+
+@torch.compiler.disable
+def _apply(function: type[Function], *arguments: Any) -> Tensor:
+    """Opaque to torch.compile, which would put its functional collectives in the place of c10d's."""
+    result: Tensor = function.apply(*arguments)
+    return result
 
 
 def max_over_ranks(x: Tensor, ranks: TensorParallel) -> Tensor:

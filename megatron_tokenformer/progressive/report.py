@@ -34,8 +34,8 @@ class StageResult:
     name: str
     layout: str
     parameters: int
-    tokens: tuple[int, int, int]
-    """of each of query, key and value; of the output projection; of the feed-forward part"""
+    tokens: tuple[int, ...]
+    """of each of query, key and value; of the output projection; of the feed-forward part; () if dense"""
     before: float | None
     after: float | None
     end: float | None
@@ -72,13 +72,14 @@ def stage_results(plan: Plan, journal: Journal) -> list[StageResult]:
     for index, stage in enumerate(plan.stages):
         train, rows = journal.action(stage.name, "train"), evaluations(stage)
         previous = plan.stages[index - 1] if index else None
-        tokens = stage.config.model.tokens
+        model = stage.config.model
+        tokens = () if model.architecture == "transformer" else tuple(model.tokens.model_dump().values())
         results.append(
             StageResult(
                 name=stage.name,
                 layout=train.result.get("layout", stage.layout),
-                parameters=parameter_count(stage.config.model),
-                tokens=(tokens.qkv, tokens.output, tokens.ffn),
+                parameters=parameter_count(model),
+                tokens=tokens,
                 before=results[-1].end if results else None,
                 after=next((row["val_loss"] for row in rows if row["step"] == 0), None) if previous else None,
                 end=train.result.get("val_loss"),
@@ -125,7 +126,7 @@ def _cells(result: StageResult) -> tuple[str, ...]:
         result.name,
         result.layout,
         f"{result.parameters:,}",
-        " / ".join(map(str, result.tokens)),
+        " / ".join(map(str, result.tokens)) or "-",
         loss(result.before),
         loss(result.after),
         loss(result.end),

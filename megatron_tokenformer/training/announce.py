@@ -30,9 +30,10 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
     (Path(config.run_dir) / FINISHED).unlink(missing_ok=True)
     replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
     tokens = config.model.tokens
+    dense = config.model.architecture == "transformer"
+    what = "dense transformer" if dense else f"{tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per layer"
     run.log.say(
-        f"{parameter_count(config.model):,} parameters ({tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per "
-        f"layer), {run.engine.precision}; {run.layout}"
+        f"{parameter_count(config.model):,} parameters ({what}), {run.engine.precision}; {run.layout}"
     )
     run.log.say(describe_pipeline(config, run.accumulation))
     if restored:

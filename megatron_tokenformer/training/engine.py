@@ -5,6 +5,10 @@ Everything that DeepSpeed needs to be told for this to be right is told here, wi
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +22,14 @@ from megatron_tokenformer.config.schema import Precision, RunConfig
 from megatron_tokenformer.config.stages import stage_bounds
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
-from megatron_tokenformer.model.pipeline import language_model_loss, pipeline_layers
+from megatron_tokenformer.model.pipeline import PipelineLayer, language_model_loss, pipeline_layers
 from megatron_tokenformer.parallel.environment import resolve_precision
 from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
 from megatron_tokenformer.quiet import quiet_start
 from megatron_tokenformer.training.optimizer import build_adamw
 from megatron_tokenformer.training.stages import StagedPipeline
+
+COMPILE_BACKEND = "inductor"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Engine:
 def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine:
     """Build this rank's stage with its initial weights and hand it to DeepSpeed."""
     precision = device_precision(config, layout)
+    if config.training.compile:
+        check_can_compile(layout.device)
     with quiet_start():
         # Without gradients: it broadcasts tied weights, which autograd would take for part of the model.
         with torch.no_grad():
@@ -60,6 +68,8 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
             )
         mark_tensor_parallel(module, config)
         initialize(module, config.model, config.training.seed, layout.tensor)
+        if config.training.compile:
+            compile_layers(module)
         engine, *_ = deepspeed.initialize(
             model=module,
             # One group: a group that exists on one pipeline stage alone hangs the norm's collective.
@@ -69,6 +79,34 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
         )
     limit_grid_timeouts(engine.grid, layout.timeout)
     return Engine(engine, precision)
+
+
+def check_can_compile(device: torch.device) -> None:
+    """Refuse training.compile where torch could not build what it makes.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    if device.type == "cuda":
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as Triton looks for one
+        missing = None if importlib.util.find_spec("triton") else "Triton"
+    else:
+        compilers, missing = [os.environ.get("CXX", "g++")], None  # as torch's inductor does
+    if not any(map(shutil.which, compilers)):
+        missing = f"a compiler ({' or '.join(compilers)})"
+    if missing:
+        raise UserError(
+            f"training.compile=true needs {missing}, which is not here; training.compile=false would work"
+        )
+
+
+def compile_layers(module: torch.nn.Module) -> None:
+    """torch.compile each layer by itself, in place: names and parameters stay, alike layers share code."""
+    # The rotary tables, a pure function of numbers: compiled layers make them anew.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    for part in module.modules():
+        if isinstance(part, PipelineLayer):
+            part.layer.compile(backend=COMPILE_BACKEND)
 
 
 def device_precision(config: RunConfig, layout: Layout) -> Precision:

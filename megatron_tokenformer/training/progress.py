@@ -37,7 +37,7 @@ class Progress:
     @classmethod
     def fresh(cls, config: RunConfig) -> Progress:
         """Of a run that starts from initial values."""
-        return cls(initial_taus(config.model.tokens))
+        return cls(initial_taus(config.model))
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> Progress:

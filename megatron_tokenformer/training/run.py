@@ -189,7 +189,9 @@ def check_model(path: Path, manifest: Manifest, model: Model) -> None:
     Raises:
         UserError: names the tensor or the key, and both values.
     """
-    differs = differing_shape(manifest, model)
+    stored = manifest.config.get("model", {})
+    # Of another architecture every shape differs, and none tells why.
+    differs = differing_shape(manifest, model) if stored.get("architecture") == model.architecture else None
     if differs:
         name, there, here = differs
         raise UserError(
@@ -197,7 +199,7 @@ def check_model(path: Path, manifest: Manifest, model: Model) -> None:
             f"use its own config, or grow it with tools/grow_checkpoint.py"
         )
     for key, here in model.model_dump(mode="json").items():
-        there = manifest.config.get("model", {}).get(key)
+        there = stored.get(key)
         if there != here:
             raise UserError(f"checkpoint {path} was made with model.{key}={there}, the config has {here}")
 

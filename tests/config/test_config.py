@@ -62,6 +62,17 @@ def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
     assert load(tmp_path, dump_config(config)) == config
 
 
+def test_a_dense_model_is_dumped_without_the_keys_that_it_does_not_have(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {tokens: {qkv: 96}, score_norm: softmax, layers: 3}")
+    null = ("model.architecture=transformer", "model.tokens=null", "model.score_norm=null")
+    config = load(tmp_path, "base: base.yaml", *null)
+    assert config.model.layers == 3
+    assert not {"tokens", "score_norm"} & config.model_dump()["model"].keys()
+    assert load(tmp_path, dump_config(config)) == config
+    # What tensor parallelism would split is not there.
+    assert load(tmp_path, "model: {architecture: transformer}\nparallel: {tensor: 12}").parallel.tensor == 12
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -100,6 +111,28 @@ def test_what_is_dumped_is_read_back_equal(tmp_path: Path) -> None:
         ("optimizer: {min_lr: 1}", "optimizer.min_lr=1 is above optimizer.lr=0.0006"),
         ("optimizer: {warmup_steps: 2000}", "optimizer.warmup_steps=2000 is more than training.steps=1000"),
         ("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas.1=1.0: input should be less than 1"),
+        (
+            "model: {architecture: transformer, tokens: {qkv: 576}}",
+            "model.tokens is of a tokenformer, and model.architecture=transformer; leave it out, or write "
+            "model.tokens=null where a base has it",
+        ),
+        (
+            "model: {architecture: transformer, score_norm: l2_norm_gelu}",
+            "model.score_norm is of a tokenformer, and model.architecture=transformer",
+        ),
+        ("model: {tokens: null}", "model.tokens=None: input should be a valid dictionary"),
+        (
+            "model: {architecture: transformer}\ntraining: {recompute: scores}",
+            "training.recompute=scores is of a tokenformer, and model.architecture=transformer; none",
+        ),
+        (
+            "model: {architecture: transformer}\noptimizer: {old_token_lr_scale: 0.5}",
+            "optimizer.old_token_lr_scale=0.5 is of a tokenformer that has grown, and",
+        ),
+        (
+            "model: {architecture: transformer, attention_heads: 6}\nparallel: {tensor: 4}",
+            "model.attention_heads=6 is not divisible by parallel.tensor=4; model.attention_heads=4 would",
+        ),
         ("base: 5", "base=5 is not the name of a file"),
         ("base: [run.yaml]", "is its own base"),
         ("base: [5]", "base=5 is not the name of a file"),

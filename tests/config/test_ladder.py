@@ -26,6 +26,7 @@ NAMED = {
     "900m": 900,
     "1.5b": 1587,
 }
+DENSE = {"124m": 123.6, "354m": 353.6, "757m": 756.9, "1.3b": 1311.2}
 
 
 # The values of meta.pile_set_name in the Pile's files.
@@ -36,30 +37,46 @@ PILE = (
 ).split(", ")
 
 
-def check_size(config: RunConfig, name: str) -> None:
+def check_size(config: RunConfig, millions: float) -> None:
     parameters = sum(math.prod(shape) for shape in full_shapes(config.model).values())
     assert parameters == parameter_count(config.model)
-    assert parameters == pytest.approx(NAMED[name] * 1e6, rel=0.03)
+    assert parameters == pytest.approx(millions * 1e6, rel=0.03)
 
 
 def test_every_config_is_tested() -> None:
-    assert {path.stem.removeprefix("tokenformer-") for path in CONFIGS.glob("*.yaml")} == set(NAMED)
+    tested = {f"tokenformer-{name}" for name in NAMED} | {f"transformer-{name}" for name in DENSE}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_size_is_as_named(name: str) -> None:
     config = load_config(CONFIGS / f"tokenformer-{name}.yaml")
-    check_size(config, name)
+    check_size(config, NAMED[name])
     assert config.run_dir == f"runs/tokenformer-{name}"
     for world in (1, 8, 64):
         check_world(config, world)
+
+
+@pytest.mark.parametrize("name, twin", zip(DENSE, ("124m", "354m", "757m", "1.4b")))
+def test_a_dense_twin_differs_in_its_layers_and_rates_alone(name: str, twin: str) -> None:
+    config, ours = (
+        load_config(CONFIGS / f"transformer-{name}.yaml"),
+        load_config(CONFIGS / f"tokenformer-{twin}.yaml"),
+    )
+    check_size(config, DENSE[name])
+    assert parameter_count(config.model) == pytest.approx(parameter_count(ours.model), rel=0.065)
+    assert config.run_dir == f"runs/transformer-{name}"
+    assert (config.data, config.training) == (ours.data, ours.training)
+    rates = {"lr": ours.optimizer.lr, "min_lr": ours.optimizer.min_lr}
+    assert config.optimizer.model_copy(update=rates) == ours.optimizer
+    assert config.optimizer.min_lr == pytest.approx(config.optimizer.lr / 10)
 
 
 def test_the_ladder_grows_stage_by_stage() -> None:
     plan = load_plan(CONFIGS / "progressive" / "pile-124m-to-1.4b.yaml")
     assert [stage.name for stage in plan.stages] == ["124m", "354m", "757m", "1.4b"]
     for stage in plan.stages:
-        check_size(stage.config, stage.name)
+        check_size(stage.config, NAMED[stage.name])
         tokens = stage.config.model.tokens
         assert tokens.qkv % 32 == 0 and tokens.ffn == 4 * tokens.qkv
         assert stage.config.training.global_batch_size * stage.config.data.sequence_length == 2**19

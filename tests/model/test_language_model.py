@@ -26,6 +26,7 @@ MODEL = Model(
     vocab_size=48,
     rotary_fraction=0.5,
 )
+DENSE = Model(architecture="transformer", layers=2, hidden_size=32, attention_heads=4, vocab_size=48)
 
 
 def reference_logits(weights: dict[str, Tensor], tokens: Tensor, model: Model) -> Tensor:
@@ -121,12 +122,13 @@ def test_split_over_ranks_has_the_same_loss_and_gradients(tensor: int, sequence:
     assert [part[0] for part in parts] == pytest.approx([loss] * tensor, rel=1e-6)
 
 
-def test_initial_values_do_not_depend_on_the_split() -> None:
-    whole = LanguageModel(MODEL)
-    initialize(whole, MODEL, 1, TensorParallel())
-    parts = [LanguageModel(MODEL, TensorParallel(None, rank, 4)) for rank in range(4)]
+@pytest.mark.parametrize("model", [MODEL, DENSE], ids=["tokenformer", "transformer"])
+def test_initial_values_do_not_depend_on_the_split(model: Model) -> None:
+    whole = LanguageModel(model)
+    initialize(whole, model, 1, TensorParallel())
+    parts = [LanguageModel(model, TensorParallel(None, rank, 4)) for rank in range(4)]
     for rank, part in enumerate(parts):
-        initialize(part, MODEL, 1, TensorParallel(None, rank, 4))
+        initialize(part, model, 1, TensorParallel(None, rank, 4))
     for name, parameter in whole.named_parameters():
         pieces = [part.get_parameter(name) for part in parts]
         joined = torch.cat(pieces) if parameter.dim() == 2 else pieces[0]

@@ -28,10 +28,10 @@ def test_the_benchmark_prints_a_table_and_writes_the_figures(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     names = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert names == ["model", "Tokenformer 1.4b", "GPT 1.4b"]
+    assert names == ["model", "Tokenformer 1.4b", "GPT 1.3b"]
     figures = json.loads(path.read_text())
     assert figures["ranks"] == 2 and figures["backend"] == "gloo"
-    assert {"device", "torch", "commit", "date"} <= set(figures)
+    assert {"device", "torch", "commit", "date"} <= set(figures["environment"])
     ours, gpt = figures["models"]
     # 16 and 8 tensors of [s, b, d] per layer, 4 more at the ends, half of each sent; row totals; the loss.
     x, loss = 16 * 2, 3 * 16 * 4

@@ -18,7 +18,7 @@ from megatron_tokenformer.training.batches import pipeline_batches
 from megatron_tokenformer.training.loop import train_step
 from megatron_tokenformer.training.run import open_run
 from tests.ranks import run_ranks
-from tests.toy import toy_config, write_documents
+from tests.toy import DENSE, toy_config, write_documents
 
 Counted = dict[tuple[str, str], traffic.Traffic]
 LADDER = (576, 2144, 4864, 9216)
@@ -121,6 +121,40 @@ def test_the_other_score_norms(tmp_path: Path, score_norm: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "precision, tensor, pipeline, data, sequence, recompute",
+    [
+        ("bf16", 2, 1, 1, False, "none"),
+        ("fp32", 4, 1, 1, True, "layer"),
+        ("bf16", 2, 2, 1, True, "none"),
+        ("bf16", 1, 2, 2, False, "none"),
+    ],
+)
+def test_the_dense_twin(
+    tmp_path: Path, precision: str, tensor: int, pipeline: int, data: int, sequence: bool, recompute: str
+) -> None:
+    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}
+    training = {"precision": precision, "global_batch_size": 4 * data, "recompute": recompute}
+    config = small(tmp_path, "run", parallel, model={**DENSE, "layers": 4}, training=training)
+    ranks = run_ranks(tensor * pipeline * data, count_steps, [config], **parallel)
+    for rank, (counted,) in enumerate(ranks):
+        expected = traffic.step_traffic(config, precision, data, stage=rank // (tensor * data))
+        assert without_scalars(counted) == expected
+
+
+def test_a_dense_layer_by_hand(tmp_path: Path) -> None:
+    config = small(tmp_path, "run", {"tensor": 2}, model={**DENSE, "layers": 3})
+    positions, micro_batches, layers = 2 * 32, 2, 3
+    x = positions * 32 * 2  # bf16
+    calls = 4 * layers + 2  # into and out of attention and MLP, of which half in backward; embedding and head
+    for (counted,) in run_ranks(2, count_steps, [config], tensor=2):
+        found = {key: (t.calls, t.bytes) for key, t in without_scalars(counted).items()}
+        assert found == {
+            ("activations", "all-reduce"): (micro_batches * calls, micro_batches * calls * x),
+            ("loss", "all-reduce"): (micro_batches * 3, micro_batches * 3 * positions * 4),
+        }
+
+
+@pytest.mark.parametrize(
     "precision, tensor, pipeline, data, sequence, isolate",
     [
         ("fp32", 1, 1, 3, False, False),  # the parameters are not a multiple of the ranks
@@ -192,6 +226,8 @@ def test_bytes_sent_by_a_ring() -> None:
 @pytest.mark.parametrize("sequence", [False, True])
 def test_against_the_gpt_of_equal_size(layers: int, width: int, ratio: float, sequence: bool) -> None:
     """docs/parallelism.md: twice the activations per layer, of fewer and narrower layers."""
+    if sequence:  # beside 8 x a GPT's layer sums the gradients of two norms over ranks, 8 vectors of x / 1024
+        ratio *= 1 + 1 / 1024
     gpt = layers * traffic.sent(traffic.passes(traffic.transformer_rows(width, 1024, 2, sequence), ranks=8))
     rows = traffic.tokenformer_rows(768, 1024, 2, sequence)
     ours = 12 * traffic.sent(traffic.passes(rows, ranks=8))

@@ -6,6 +6,7 @@ The loop has no DeepSpeed, no pipeline, no accumulation, no ZeRO and no fused op
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from megatron_tokenformer.parallel.collectives import TensorParallel
 from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.schedule import learning_rate
 from tests.ranks import run_ranks
-from tests.toy import toy_config, train_toy
+from tests.toy import DENSE, toy_config, train_toy
 
 CLIP = 0.2
 DECAY = 0.1
@@ -50,9 +51,11 @@ def plain_loop(config: RunConfig, clip: float = CLIP, decay: float = DECAY) -> l
     return found
 
 
-def test_losses_and_norms_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [{}, DENSE], ids=["tokenformer", "transformer"])
+def test_losses_and_norms_are_those_of_a_plain_loop(tmp_path: Path, model: dict[str, Any]) -> None:
     config = toy_config(
         tmp_path,
+        model=model,
         optimizer={"clip_grad": CLIP, "weight_decay": DECAY},
         training={"micro_batch_size": 2},  # accumulation 4
     )
