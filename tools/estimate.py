@@ -24,7 +24,14 @@ from megatron_tokenformer.config.estimate import (
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.memory import resolved_precision
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.config.sizes import FORMULA, device_peak, flops_per_token, parameter_count
+from megatron_tokenformer.config.sizes import (
+    FORMULA,
+    device_peak,
+    flops_per_token,
+    parameter_count,
+    step_flops,
+    tokens_per_step,
+)
 from megatron_tokenformer.config.stages import describe_pipeline
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.progressive.plan import load_plan
@@ -171,14 +178,12 @@ def hardware_of(given: argparse.Namespace, config: RunConfig) -> Hardware:
 
 def model_figures(config: RunConfig) -> dict[str, Any]:
     """What does not depend on GPUs."""
-    length, training = config.data.sequence_length, config.training
-    tokens = training.steps * training.global_batch_size * length
-    per_token = flops_per_token(config.model, length)
+    steps = config.training.steps
     return {
         "parameters": parameter_count(config.model),
-        "flops_per_token": per_token,
-        "tokens": tokens,
-        "flops": tokens * per_token,
+        "flops_per_token": flops_per_token(config.model, config.data.sequence_length),
+        "tokens": steps * tokens_per_step(config),
+        "flops": steps * step_flops(config),
     }
 
 

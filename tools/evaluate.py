@@ -10,10 +10,10 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from megatron_tokenformer.config.schema import Parallel
+from megatron_tokenformer.config.schema import Parallel, resolve_precision
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import in_words, run_cli
-from megatron_tokenformer.parallel.environment import find_processes, resolve_precision, tell
+from megatron_tokenformer.parallel.environment import find_processes, tell
 from megatron_tokenformer.quiet import quiet_imports
 
 if TYPE_CHECKING:

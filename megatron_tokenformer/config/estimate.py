@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from megatron_tokenformer.config.memory import fullest_stage, resolved_precision
 from megatron_tokenformer.config.schema import RunConfig, Training, check_world
-from megatron_tokenformer.config.sizes import flops_per_token, micro_batch_tokens
+from megatron_tokenformer.config.sizes import micro_batch_tokens, step_flops, tokens_per_step
 from megatron_tokenformer.config.stages import bubble_share, slowest_share, stage_layers, stage_works
 from megatron_tokenformer.config.traffic import (
     ACTIVATIONS,
@@ -119,20 +119,9 @@ class Estimate:
         """Seconds of a step."""
         return sum(self.seconds.values())
 
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of a step."""
-        return self.config.training.global_batch_size * self.config.data.sequence_length
-
-    @property
-    def run_flops(self) -> int:
-        """Operations of all steps, recomputation not counted."""
-        per_token = flops_per_token(self.config.model, self.config.data.sequence_length)
-        return self.config.training.steps * self.step_tokens * per_token
-
     def mfu(self, hardware: Hardware) -> float:
         """Share of all the GPUs' peak that the step's products would be."""
-        return self.run_flops / self.config.training.steps / (self.step_time * self.gpus * hardware.peak)
+        return step_flops(self.config) / (self.step_time * self.gpus * hardware.peak)
 
     def figures(self, hardware: Hardware) -> dict[str, Any]:
         """All figures by name, for JSON."""
@@ -154,7 +143,7 @@ class Estimate:
             "sent_bytes_per_step": self.sent,
             "step_time_s": self.step_time,
             "step_time_by_kind_s": self.seconds,
-            "tokens_per_s": self.step_tokens / self.step_time,
+            "tokens_per_s": tokens_per_step(config) / self.step_time,
             "mfu": self.mfu(hardware),
             "run_time_s": self.step_time * config.training.steps,
         }

@@ -6,7 +6,7 @@ Weights and optimizer are what DeepSpeed 0.19.8 allocates under ZeRO-1; activati
 
 from __future__ import annotations
 
-from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.config.schema import RunConfig, resolve_precision
 from megatron_tokenformer.config.sizes import (
     CHUNK_SCORES,
     chunk_rows,
@@ -22,7 +22,7 @@ REDUCE_BUCKET = 50_000_000
 
 def resolved_precision(config: RunConfig) -> str:
     """The precision on a GPU: `auto` is bf16 there."""
-    return "bf16" if config.training.precision == "auto" else config.training.precision
+    return resolve_precision(config.training.precision, "cuda")
 
 
 def model_states(config: RunConfig, stage: int, data_ranks: int) -> dict[str, int]:

@@ -344,6 +344,13 @@ def nearest_divisor(number: int, wish: int, multiple_of: int = 1) -> int | None:
     return min(divisors, key=lambda d: (abs(d - wish), d), default=None)
 
 
+def resolve_precision(precision: Precision, device_type: str) -> Precision:
+    """What `auto` means on a device: fp32 on a CPU, bf16 elsewhere."""
+    if precision != "auto":
+        return precision
+    return "fp32" if device_type == "cpu" else "bf16"
+
+
 def check_world(config: RunConfig, world_size: int) -> int:
     """Check the layout against the number of processes.
 

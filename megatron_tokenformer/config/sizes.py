@@ -48,6 +48,11 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.training.micro_batch_size * config.data.sequence_length
 
 
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens of one optimizer step, over all ranks."""
+    return config.training.global_batch_size * config.data.sequence_length
+
+
 def chunk_rows(tokens: int, chunk_scores: int = CHUNK_SCORES) -> int:
     """Rows of a chunk with so many scores each, with training.recompute=scores.
 
@@ -88,6 +93,11 @@ def flops_per_token(model: Model, sequence_length: int) -> int:
     """Training operations (forward and backward) for one token of a sequence of this length: `FORMULA`."""
     layers = model.layers * layer_forward_flops(model, sequence_length)
     return 3 * (layers + head_forward_flops(model))
+
+
+def step_flops(config: RunConfig) -> int:
+    """Training operations of one optimizer step, over all ranks."""
+    return tokens_per_step(config) * flops_per_token(config.model, config.data.sequence_length)
 
 
 def device_peak(device_name: str, precision: str = "bf16") -> float | None:

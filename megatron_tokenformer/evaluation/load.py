@@ -11,10 +11,9 @@ from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
 from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS
 from megatron_tokenformer.checkpoint.stored_model import stored_config
-from megatron_tokenformer.config.schema import Precision
+from megatron_tokenformer.config.schema import Precision, resolve_precision
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
-from megatron_tokenformer.parallel.environment import resolve_precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

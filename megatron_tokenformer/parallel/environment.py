@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_tokenformer.config.schema import Parallel, Precision
+from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.errors import UserError
 
 # What each launcher calls (rank, local rank, world size); the first one found is believed.
@@ -69,13 +69,6 @@ def find_processes(environment: Mapping[str, str] = os.environ) -> Processes:
             raise UserError(f"{launcher} set {names[0]} but not {missing}; export where rank 0 listens")
         return Processes(launcher, rank, local_rank, world_size, address, port)
     return Processes("no launcher", 0, 0, 1, "127.0.0.1", _port(environment))
-
-
-def resolve_precision(precision: Precision, device_type: str) -> Precision:
-    """What `auto` means on a device: fp32 on a CPU, bf16 elsewhere."""
-    if precision != "auto":
-        return precision
-    return "fp32" if device_type == "cpu" else "bf16"
 
 
 def set_device_variables(parallel: Parallel) -> None:

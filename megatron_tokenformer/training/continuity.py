@@ -97,7 +97,7 @@ class Continuity:
         """Write each loss whose checkpoint is complete; one that was not written has no folder."""
         for step in list(self._unwritten):
             path = self._folder / store.step_name(step)
-            if path.is_dir() and not self._is_replaced(path):
+            if self._is_complete(path):
                 # Without it a load is not checked, which is no reason to end a run; and the checkpoint may be
                 # the one that is deleted in this moment.
                 with suppress(OSError):
@@ -106,9 +106,13 @@ class Continuity:
             elif step != self._saved:
                 del self._unwritten[step]
 
-    def _is_replaced(self, path: Path) -> bool:
-        """Whether this is not the checkpoint that was saved last, but the one whose place that takes."""
-        return self._replaced is not None and os.path.samestat(path.stat(), self._replaced)
+    def _is_complete(self, path: Path) -> bool:
+        """Whether the checkpoint that was saved last is there, and not another whose place it takes."""
+        try:
+            found = path.stat()
+        except OSError:  # not yet, or in this moment between the two
+            return False
+        return self._replaced is None or not os.path.samestat(found, self._replaced)
 
     def _compare(self, loss: float) -> None:
         expected, self._expected = self._expected, None

@@ -18,12 +18,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron_tokenformer.config.memory import REDUCE_BUCKET
-from megatron_tokenformer.config.schema import Precision, RunConfig
+from megatron_tokenformer.config.schema import Precision, RunConfig, resolve_precision
 from megatron_tokenformer.config.stages import stage_bounds
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
 from megatron_tokenformer.model.pipeline import PipelineLayer, language_model_loss, pipeline_layers
-from megatron_tokenformer.parallel.environment import resolve_precision
 from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
 from megatron_tokenformer.quiet import quiet_start
 from megatron_tokenformer.training.optimizer import build_adamw

@@ -12,7 +12,7 @@ import torch
 from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.saving import all_or_none
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.config.sizes import parameter_count, step_flops, tokens_per_step
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.model.tau import set_taus
 from megatron_tokenformer.parallel.layout import Layout
@@ -23,7 +23,7 @@ from megatron_tokenformer.training.profiling import profiled
 from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.run import Run, open_run
 from megatron_tokenformer.training.schedule import learning_rate
-from megatron_tokenformer.training.throughput import step_flops, throughput, tokens_per_step
+from megatron_tokenformer.training.throughput import throughput
 
 
 def train(config: RunConfig, layout: Layout, profile_steps: int = 0) -> Progress:

@@ -7,19 +7,9 @@ import resource
 import torch
 
 from megatron_tokenformer.config.schema import Precision, RunConfig
-from megatron_tokenformer.config.sizes import device_peak, flops_per_token
+from megatron_tokenformer.config.sizes import device_peak, step_flops, tokens_per_step
 from megatron_tokenformer.config.stages import bubble_share
 from megatron_tokenformer.parallel.layout import Layout
-
-
-def tokens_per_step(config: RunConfig) -> int:
-    """Tokens of one optimizer step, over all ranks."""
-    return config.training.global_batch_size * config.data.sequence_length
-
-
-def step_flops(config: RunConfig) -> float:
-    """Floating-point operations of one optimizer step, over all ranks (see `config/sizes.py`)."""
-    return tokens_per_step(config) * flops_per_token(config.model, config.data.sequence_length)
 
 
 def throughput(

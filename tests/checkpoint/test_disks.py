@@ -160,7 +160,11 @@ def test_a_growth_into_a_folder_that_may_not_be_written_ends_in_words(folder: Pa
     source = write_checkpoint(folder / "run", toy_config(folder), ranks=2)
     ((code, errors),) = run_ranks(1, grow_without_permission, source, folder / "grown")
     assert code == 1
-    assert errors == [f"error: cannot grow {source} into {folder / 'grown'}: Permission denied"]
+    grown = folder / "grown"
+    assert errors == [
+        f"error: cannot grow {source} into {grown}: nothing can be written in {grown} (Permission denied); "
+        f"give another --save"
+    ]
 
 
 def grow_on_a_full_disk(layout: Layout, source: Path, folder: Path) -> tuple[object, list[str]]:

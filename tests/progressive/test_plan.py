@@ -74,7 +74,7 @@ FEWER = {"qkv": 8, "output": 8, "ffn": 16}
         (change("stages.0.growth", {}), "stage 'a' is the first and grows from nothing"),
         (change("stages.0.config.optimizer", {"old_token_lr_scale": 0.5}), "none of its tokens are older"),
         (change("stages.1.growth", {"keys": "zero", "values": "zero"}), "never learns"),
-        (change("stages.1.growth", {"tau": "anneal"}), "tau_steps belongs to tau=anneal"),
+        (change("stages.1.growth", {"tau": "keep", "tau_steps": 5}), "tau_steps belongs to tau=anneal"),
         (change("stages.1.processes_per_node", 3), "stage 'b': parallel.tensor=2 x parallel.pipeline=1 does"),
         (change("stages.1.config.parallel.tensor", 3), "not divisible by parallel.tensor=3"),
         (

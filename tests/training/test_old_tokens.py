@@ -96,7 +96,6 @@ def plain_loop(folder: Path, scale: float) -> list[tuple[float, float]]:
     config = large_config(folder, scale, "none")
     manifest = read_manifest(find_checkpoint(folder / "grown"))
     model = LanguageModel(config.model)
-    set_taus(model, taus_from_json(manifest.taus), 0)
     parts: dict[tuple[str, int], torch.nn.Parameter] = {}
     moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
     for name, values in state(folder / "grown").items():
@@ -123,6 +122,7 @@ def plain_loop(folder: Path, scale: float) -> list[tuple[float, float]]:
     batch, found = config.training.global_batch_size, []
     for step in range(STEPS):
         first = manifest.position + step * batch
+        set_taus(model, taus_from_json(manifest.taus), step)
         samples = torch.from_numpy(np.stack([blend[first + i] for i in range(batch)]))
         names = {name for name, _ in parts}
         joined = {name: torch.cat([parts[key] for key in sorted(parts) if key[0] == name]) for name in names}
