@@ -22,13 +22,13 @@ from megatron_tokenformer.config.estimate import (
     parse_bytes,
 )
 from megatron_tokenformer.config.load import load_config
-from megatron_tokenformer.config.memory import resolved_precision
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import (
-    FORMULA,
+    FORMULAS,
     device_peak,
     flops_per_token,
     parameter_count,
+    resolved_precision,
     step_flops,
     tokens_per_step,
 )
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(gpus) > 1:
         raise UserError(f"--gpus {given.gpus} with --config; give one number, or --schedule")
     figures = model_figures(config) | {"assumptions": assumptions(hardware)}
-    report_model(figures)
+    report_model(figures, config.model.architecture)
     print("assumed:", *figures["assumptions"], sep="\n  ")
     try:
         own = estimate(config, gpus[0], hardware)
@@ -187,11 +187,11 @@ def model_figures(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def report_model(figures: Mapping[str, Any]) -> None:
+def report_model(figures: Mapping[str, Any], architecture: str) -> None:
     """Print what does not depend on GPUs."""
     print(f"parameters         {figures['parameters']:,}")
     print(f"operations         {figures['flops_per_token']:.4g} per token of training")
-    print(f"                   = {FORMULA}")
+    print(f"                   = {FORMULAS[architecture]}")
     print(f"whole run          {figures['tokens']:,} tokens, {figures['flops']:.3g} operations")
 
 

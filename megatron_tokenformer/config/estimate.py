@@ -12,9 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from megatron_tokenformer.config.memory import fullest_stage, resolved_precision
+from megatron_tokenformer.config.memory import fullest_stage
 from megatron_tokenformer.config.schema import RunConfig, Training, check_world
-from megatron_tokenformer.config.sizes import micro_batch_tokens, step_flops, tokens_per_step
+from megatron_tokenformer.config.sizes import (
+    micro_batch_tokens,
+    resolved_precision,
+    step_flops,
+    tokens_per_step,
+)
 from megatron_tokenformer.config.stages import bubble_share, slowest_share, stage_layers, stage_works
 from megatron_tokenformer.config.traffic import (
     ACTIVATIONS,
@@ -235,6 +240,8 @@ def settings(config: RunConfig, gpus: int, hardware: Hardware) -> Iterator[Estim
         return
     for size in _divisors(sequences, most=max(1, LARGEST_MICRO_BATCH // config.data.sequence_length)):
         for recompute in POLICIES:
+            if recompute == "scores" and config.model.architecture == "transformer":
+                continue  # it has none
             training = config.training.model_copy(update={"micro_batch_size": size, "recompute": recompute})
             yield estimate(config.model_copy(update={"training": training}), gpus, hardware)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_tokenformer.config.schema import Model, RunConfig
+from megatron_tokenformer.config.schema import Model, Precision, RunConfig, resolve_precision
 
 # Dense peaks in TFLOP/s of 16-bit products summed in fp32, from the makers' data sheets, by the whole name
 # that torch.cuda.get_device_name() prints.  A device whose figure is not certain is left out, and so are
@@ -34,8 +34,16 @@ CHUNK_SCORES = 1 << 26
 """Scores of one projection in a chunk, with training.recompute=scores (`model/pattend.py`): 128 MiB of each
 tensor in bf16, and still large products."""
 
-FORMULA = "3 x (layers x (4 d (3 n_qkv + n_output + n_ffn) + 2 s d) + 2 d v)"
+FORMULAS = {
+    "tokenformer": "3 x (layers x (4 d (3 n_qkv + n_output + n_ffn) + 2 s d) + 2 d v)",
+    "transformer": "3 x (layers x (24 d^2 + 2 s d) + 2 d v)",
+}
 """operations per token: width d, n tokens of each Pattention, sequence length s, vocabulary v"""
+
+
+def resolved_precision(config: RunConfig) -> Precision:
+    """The precision on a GPU: `auto` is bf16 there."""
+    return resolve_precision(config.training.precision, "cuda")
 
 
 def pattention_tokens(model: Model) -> int:
@@ -90,7 +98,7 @@ def head_forward_flops(model: Model) -> int:
 
 
 def flops_per_token(model: Model, sequence_length: int) -> int:
-    """Training operations (forward and backward) for one token of a sequence of this length: `FORMULA`."""
+    """Training operations (forward and backward) for one token of a sequence of this length: `FORMULAS`."""
     layers = model.layers * layer_forward_flops(model, sequence_length)
     return 3 * (layers + head_forward_flops(model))
 

@@ -28,8 +28,10 @@ def layer_work(config: RunConfig) -> int:
     """Operations that one layer carries out for one token in a step, recomputed ones included."""
     model, recompute = config.model, config.training.recompute
     forward = layer_forward_flops(model, config.data.sequence_length)
-    again = {"none": 0, "scores": 2 * model.hidden_size * _scores_made_again(config), "layer": forward}
-    return 3 * forward + again[recompute]
+    if recompute == "layer":
+        return 4 * forward
+    again = 2 * model.hidden_size * _scores_made_again(config) if recompute == "scores" else 0
+    return 3 * forward + again
 
 
 def _scores_made_again(config: RunConfig) -> int:

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_tokenformer.config.schema import Model
 from megatron_tokenformer.model.pattention import Pattention, partials
@@ -56,9 +57,27 @@ def attend(
         part.unflatten(-1, (-1, head_size)).permute(1, 2, 0, 3) for part in (query, key, value)
     )
     query, key = (rotate(heads, rotary_size, positions) for heads in (query, key))
-    mask = None if positions is None else same_document(positions)
+    mask = None if positions is None else document_mask(positions, query.dtype)
     context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
     return context.permute(2, 0, 1, 3).flatten(start_dim=2)  # [b, h/p, s, c] -> [s, b, d/p]
+
+
+_masks = WeakTensorKeyDictionary()
+
+
+@torch.compiler.disable
+def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores: 0 where `same_document` is true, else minus infinity.
+
+    Made once for a micro-batch, and kept as long as the tensor of its positions, which nobody may change:
+    every layer keeps the mask for backward, and it has the sequence's length squared.
+    """
+    mask: Tensor | None = _masks.get(positions)
+    if mask is None or mask.dtype != dtype:
+        hidden = ~same_document(positions)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        _masks[positions] = mask
+    return mask
 
 
 def same_document(positions: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_tokenformer.config.estimate import Hardware, best_layouts, estimate, parse_bytes
 from megatron_tokenformer.config.load import load_config
-from megatron_tokenformer.config.sizes import FORMULA
+from megatron_tokenformer.config.sizes import FORMULAS
 from megatron_tokenformer.errors import UserError
 from tools.estimate import main
 
@@ -78,6 +78,13 @@ def test_less_memory_costs_time() -> None:
     assert times == sorted(times) and times[0] < times[-1]
 
 
+def test_a_dense_model_has_no_scores_to_recompute() -> None:
+    dense = load_config(str(ROOT / "configs/transformer-1.3b.yaml"))
+    tight = Hardware(peak=989e12, memory=8 * 10**9)
+    found = best_layouts(dense, 16, tight, count=50)
+    assert {layout.config.training.recompute for layout in found} == {"none", "layer"}
+
+
 def test_a_batch_that_cannot_be_split_so_far_gets_another_layout() -> None:
     (best,) = best_layouts(load_config(CONFIG), 1024, H100, count=1)
     assert best.data_ranks <= 512
@@ -108,7 +115,7 @@ def test_the_tool_shows_the_formula_the_assumptions_and_the_layouts(
     assert memory["memory_bytes"] == sum(memory["memory_by_kind"].values())
     text = "\n".join(lines)
     for told in (
-        FORMULA,
+        FORMULAS["tokenformer"],
         "40% of the peak of 989 TFLOP/s",
         "as configured: 64 GPU(s)",
         "layout 2: ",
@@ -176,5 +183,5 @@ def test_the_page_is_what_the_tool_prints(
     page = "\n".join(line.strip() for line in lines)
     assumed = run(capsys, "--config", "configs/tokenformer-124m.yaml")
     first = assumed.index("assumed:")
-    for line in [FORMULA, *assumed[first + 1 : first + 6]]:
+    for line in [FORMULAS["tokenformer"], *assumed[first + 1 : first + 6]]:
         assert line.strip() in page
