@@ -1,8 +1,9 @@
 """What one layer keeps for the backward pass, and the most it takes at once, for each training.recompute.
 
 On a CPU the layer runs on tensors without contents, which are allocated and freed like others but take no
-memory: every storage is counted once, and while it lives.  On a GPU the allocator is asked.  The
-parameters and the layer's input are not counted; gradients are, in the peak.
+memory: every storage is counted once, and while it lives.  On a GPU the allocator is asked.  The parameters
+and the layer's input are not counted.  The first peak is that of activations and their gradients (with the
+parameters frozen), the second that of training, with the gradients of the parameters.
 
     python benchmarks/memory.py --tokens 2048
     python benchmarks/memory.py --device cuda --tokens 16384
@@ -30,6 +31,8 @@ from megatron_tokenformer.model.tokenformer import TokenformerLayer
 from megatron_tokenformer.parallel.collectives import TensorParallel
 
 POLICIES = ("none", "scores", "layer")
+FIGURES = {"kept": "kept", "peak": "peak", "peak_with_gradients": "peak with gradients of parameters"}
+"""of each policy and size, and what the tables call them"""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,7 +67,7 @@ def run_layer(layer: TokenformerLayer, x: Tensor, policy: str) -> Tensor:
 
 
 def measure(tokens: int, policy: str, given: argparse.Namespace) -> dict[str, int]:
-    """Bytes that a layer of this many tokens keeps, and its peak over both passes."""
+    """Bytes that a layer of this many tokens keeps, and its peaks over both passes: `FIGURES`."""
     sizes = Tokens(qkv=tokens, output=tokens, ffn=4 * tokens)
     model = Model(hidden_size=given.width, attention_heads=given.width // 64, tokens=sizes)
     torch.set_default_dtype(DTYPES[given.dtype])  # because tensors without contents cannot be cast in place
@@ -72,31 +75,35 @@ def measure(tokens: int, policy: str, given: argparse.Namespace) -> dict[str, in
         layer = TokenformerLayer(model, TensorParallel(), 0, policy == "scores")
         shape = (given.sequence_length, given.tokens // given.sequence_length, given.width)
         x = torch.zeros(shape, requires_grad=True)
-        first = x[:, :1]
-        run_layer(layer, first, policy).backward(torch.zeros_like(first))  # makes what is made only once
+        run_layer(layer, x[:, :1], policy)  # makes what is made only once
+        passes = _count_storages if given.device == "cpu" else _ask_allocator
+        _, with_gradients = passes(layer, x, policy)
         layer.zero_grad(set_to_none=True)
         x.grad = None
-        if given.device != "cpu":
-            return _ask_allocator(layer, x, policy)
-        with LiveStorages([x, *layer.parameters()]) as live:
-            output = run_layer(layer, x, policy)
-            kept = live.bytes() - output.untyped_storage().nbytes()
-            output.backward(torch.zeros_like(output))
-    return {"kept": kept, "peak": live.peak}
+        kept, peak = passes(layer.requires_grad_(False), x, policy)
+    return {"kept": kept, "peak": peak, "peak_with_gradients": with_gradients}
 
 
-def _ask_allocator(layer: TokenformerLayer, x: Tensor, policy: str) -> dict[str, int]:
+def _count_storages(layer: TokenformerLayer, x: Tensor, policy: str) -> tuple[int, int]:
+    with LiveStorages([x, *layer.parameters()]) as live:
+        output = run_layer(layer, x, policy)
+        kept = live.bytes() - output.untyped_storage().nbytes()
+        output.backward(torch.zeros_like(output))
+    return kept, live.peak
+
+
+def _ask_allocator(layer: TokenformerLayer, x: Tensor, policy: str) -> tuple[int, int]:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     output = run_layer(layer, x, policy)
     kept = torch.cuda.memory_allocated() - before - output.untyped_storage().nbytes()
     output.backward(torch.zeros_like(output))
-    return {"kept": kept, "peak": torch.cuda.max_memory_allocated() - before}
+    return kept, torch.cuda.max_memory_allocated() - before
 
 
 def rows(found: dict[str, list[dict[str, int]]], what: str, sizes: list[int]) -> Iterator[str]:
-    """A Markdown table of what is kept, or of the peak."""
-    yield f"| {what}, MB | " + " | ".join(f"s = {s:,}" for s in sizes) + " | last / first |"
+    """A Markdown table of one of `FIGURES`."""
+    yield f"| {FIGURES[what]}, MB | " + " | ".join(f"s = {s:,}" for s in sizes) + " | last / first |"
     yield "|---" * (len(sizes) + 2) + "|"
     for policy, figures in found.items():
         own = [figure[what] / 1e6 for figure in figures]
@@ -124,7 +131,7 @@ def main() -> None:
         f"one layer, {given.tokens:,} tokens of width {given.width}, {given.dtype}, "
         f"{describe(given.device)['device']}"
     ]
-    for what in ("kept", "peak"):
+    for what in FIGURES:
         lines += [*rows(found, what, given.sizes), ""]
     report("\n".join(lines), {"settings": settings(given), "results": found}, given.json, given.device)
 
