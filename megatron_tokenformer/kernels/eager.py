@@ -148,6 +148,6 @@ def _buffer(out: Tensor, like: Tensor) -> Tensor:
 
 def _blocks(scores: Tensor) -> Iterator[slice]:
     step = max(1, CACHED // max(scores.shape[1], 1))
-    if scores.is_cuda:
-        step = max(len(scores), 1)  # there launches cost more than what a cache saves
+    if scores.device.type != "cpu":
+        step = max(len(scores), 1)  # on a GPU launches cost more than what a cache saves
     return (slice(first, first + step) for first in range(0, len(scores), step))
