@@ -105,7 +105,7 @@ def run_one(name: str, path: Path, given: argparse.Namespace) -> None:
         config = run_config(name, path, prefix, folder, given)
         with contextlib.redirect_stdout(io.StringIO()), open_run(config, here) as run:
             seconds = list(timed_steps(run, given.steps))
-            figures = throughput(config, here, run.engine.precision, median(seconds))
+            figures = throughput(config, here, run.engine.precision, run.accumulation, median(seconds))
             figures |= {"step_s": median(seconds), "precision": run.engine.precision}
     finally:
         if here.is_main:
