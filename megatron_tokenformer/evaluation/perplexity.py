@@ -94,7 +94,7 @@ def open_evaluation(
     return Evaluation(path, manifest, config, how, datasets)
 
 
-@torch.no_grad()  # not inference_mode: rotary tables are kept, and what trains later could not use them
+@torch.inference_mode()
 def evaluate(opened: Evaluation, precision: Precision = "auto", layout: Layout | None = None) -> list[Score]:
     """The score of each dataset, the same on every rank.
 

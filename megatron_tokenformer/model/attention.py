@@ -70,12 +70,15 @@ def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     """What attention adds to its scores: 0 where `same_document` is true, else minus infinity.
 
     Made once for a micro-batch, and kept as long as the tensor of its positions, which nobody may change:
-    every layer keeps the mask for backward, and it has the sequence's length squared.
+    every layer keeps the mask for backward, and it has the sequence's length squared.  A layer that is
+    computed again (training.recompute=layer) gets another tensor, and makes a mask of its own.
     """
     mask: Tensor | None = _masks.get(positions)
     if mask is None or mask.dtype != dtype:
-        hidden = ~same_document(positions)
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        with torch.inference_mode(False):  # whoever comes first, training can use it
+            hidden = ~same_document(positions)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            mask.masked_fill_(hidden, -torch.inf)
         _masks[positions] = mask
     return mask
 
@@ -99,7 +102,8 @@ def rotate(x: Tensor, size: int, positions: Tensor | None = None, base: float = 
     """
     if size == 0:
         return x
-    cos, sin = _rotary_tables(x.shape[-2], size, base, x.device)
+    tables = _rotary_tables if torch.compiler.is_compiling() else _kept_tables  # a graph keeps its own
+    cos, sin = tables(x.shape[-2], size, base, x.device)
     if positions is not None:
         cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     turned, kept = x[..., :size].float(), x[..., size:]
@@ -109,6 +113,11 @@ def rotate(x: Tensor, size: int, positions: Tensor | None = None, base: float = 
 
 
 @lru_cache(maxsize=8)
+def _kept_tables(length: int, size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # whoever comes first, training can use them
+        return _rotary_tables(length, size, base, device)
+
+
 def _rotary_tables(length: int, size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of position times frequency, [length, size] each.
 

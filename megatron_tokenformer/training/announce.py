@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.config.load import dump_config
-from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.config.schema import Precision, RunConfig
+from megatron_tokenformer.config.sizes import FORMULAS, flops_per_token, parameter_count
 from megatron_tokenformer.config.stages import describe_pipeline
 from megatron_tokenformer.data.batches import SourceInfo
 from megatron_tokenformer.durable import replace_durably
+from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.metrics import FINISHED
+from megatron_tokenformer.training.throughput import peak_flops
 
 if TYPE_CHECKING:
     from megatron_tokenformer.training.run import Run
@@ -35,6 +39,7 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
     run.log.say(
         f"{parameter_count(config.model):,} parameters ({what}), {run.engine.precision}; {run.layout}"
     )
+    run.log.say(describe_operations(config, run.layout, run.engine.precision))
     run.log.say(describe_pipeline(config, run.accumulation))
     if restored:
         path, manifest = restored
@@ -55,6 +60,19 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
         run.log.say(line)
     if run.eod_id is not None:
         run.log.say(f"token id {run.eod_id} ends documents")
+
+
+def describe_operations(config: RunConfig, layout: Layout, precision: Precision) -> str:
+    """What a step's operations are counted by, and what their rate is held against for MFU."""
+    count = flops_per_token(config.model, config.data.sequence_length)
+    device = torch.cuda.get_device_name(layout.device) if layout.device.type == "cuda" else "this processor"
+    peak = peak_flops(layout.device, precision)
+    against = (
+        f"no peak is known of {device} in {precision}, so no MFU"
+        if peak is None
+        else f"MFU is of {peak / 1e12:g} TFLOP/s, the {precision} peak of {device}"
+    )
+    return f"{count:.4g} operations per token = {FORMULAS[config.model.architecture]}; {against}"
 
 
 def data_table(sources: Sequence[SourceInfo], samples: int, sequence_length: int) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +100,6 @@ def check_can_compile(device: torch.device) -> None:
 
 def compile_layers(module: torch.nn.Module) -> None:
     """torch.compile each layer by itself, in place: names and parameters stay, alike layers share code."""
-    # The rotary tables, a pure function of numbers: compiled layers make them anew.
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     for part in module.modules():
         if isinstance(part, PipelineLayer):
             part.layer.compile(backend=COMPILE_BACKEND)

@@ -43,9 +43,13 @@ def train(config: RunConfig, layout: Layout, profile_steps: int = 0) -> Progress
     return run.progress
 
 
-def train_steps(run: Run, after_step: Callable[[], None] = lambda: None) -> None:
-    """Step, log, evaluate and save until the run has its steps."""
-    training, progress = run.config.training, run.progress
+def train_steps(run: Run, after_step: Callable[[], bool] = lambda: False) -> None:
+    """Step, log, evaluate and save until the run has its steps.
+
+    Args:
+        after_step: called after every step; says whether a profiler slowed it.
+    """
+    training, progress, profiled = run.config.training, run.progress, False
     if progress.step == 0:
         evaluate(run)
     clock = StepClock(progress.step, run.layout.device)
@@ -57,11 +61,12 @@ def train_steps(run: Run, after_step: Callable[[], None] = lambda: None) -> None
     )
     while progress.step < training.steps:
         loss = train_step(run, batches)
-        after_step()
+        profiled |= after_step()
         run.continuity.stepped(progress.step, progress.position, loss)
         if progress.step % training.log_interval == 0 or progress.step == training.steps:
             progress.loss = loss.item()
-            log_step(run, clock.take(progress.step))
+            log_step(run, clock.take(progress.step), profiled)
+            profiled = False
         if due(training.eval_interval, progress.step, training.steps):
             evaluate(run)
             clock.restart(progress.step)
@@ -119,8 +124,13 @@ def evaluate(run: Run) -> None:
     run.log.evaluation(row)
 
 
-def log_step(run: Run, times: dict[str, float]) -> None:
-    """Log the last step; `times` are means over the steps since the last log line."""
+def log_step(run: Run, times: dict[str, float], profiled: bool) -> None:
+    """Log the last step.
+
+    Args:
+        times: means over the steps since the last log line.
+        profiled: a profiler slowed some of these.
+    """
     config, progress = run.config, run.progress
     row = {
         "step": progress.step,
@@ -130,6 +140,7 @@ def log_step(run: Run, times: dict[str, float]) -> None:
         "grad_norm": run.engine.grad_norm,
         "skipped_steps": run.engine.deepspeed.skipped_steps,
         "flops": progress.flops,
+        "profiled": profiled,
         **times,
         **throughput(config, run.layout, run.engine.precision, run.accumulation, times["step_time_s"]),
     }

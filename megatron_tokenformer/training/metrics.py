@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.training.phases import shares
 
 METRICS = "metrics.jsonl"
 FINISHED = "finished.json"
@@ -77,11 +78,13 @@ class MetricsLog:
         """A logged training step."""
         rate = f"{row['tokens_per_s']:,.0f} tokens/s, {row['tflops_per_device']:.3g} TFLOP/s a device"
         mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        memory = f", {row['peak_memory_bytes'] / 1e9:.1f} GB at most"
         skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+        traced = "  (slowed by the profiler)" if row["profiled"] else ""
         self.say(
             f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
             f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  "
-            f"{row['step_time_s'] * 1000:,.0f} ms  {rate}{mfu}{skipped}"
+            f"{row['step_time_s'] * 1000:,.0f} ms ({shares(row)})  {rate}{mfu}{memory}{skipped}{traced}"
         )
         self._write(row)
 

@@ -1,24 +1,38 @@
-"""Where the time of a step goes: waiting for data, forward, AdamW, and the rest.
+"""Where the time of a step goes: data, forward, backward, reductions, other stages, the optimizer.
 
-The rest is the backward pass, the reductions, and waiting for other stages, which DeepSpeed runs without a
-place to look between them; `--profile` shows them one by one.  On a GPU spans are measured by events on the
-stream, which do not make the host wait before somebody asks for the sums.
+On a GPU spans are measured by events on the stream, which do not make the host wait before somebody asks for
+the sums.
+
+DeepSpeed's pipeline engine runs a step as a list of instructions, and looks up in its `_INSTRUCTION_MAP` what
+carries each out.  Its own timers synchronise the device at every one, so here an engine gets a map of its own
+in which they are timed; `tests/training/test_phases.py` tells when it no longer looks there.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+from deepspeed.runtime.pipe import schedule
 
 from megatron_tokenformer.training.engine import Engine
 
 Item = TypeVar("Item")
 Mark = Any
 """a point in time: seconds of the host, or an event on the device's stream"""
+
+PHASES = {
+    "forward": (schedule.ForwardPass,),
+    "backward": (schedule.BackwardPass,),
+    "reduction": (schedule.ReduceGrads, schedule.ReduceTiedGrads),
+    "pipeline": (schedule.SendActivation, schedule.RecvActivation, schedule.SendGrad, schedule.RecvGrad),
+    "optimizer": (schedule.OptimizerStep,),
+}
+"""which instructions are of which phase; a stage waits for another in `pipeline`, and the gathering of new
+weights is in `optimizer`"""
 
 
 class StepClock:
@@ -30,7 +44,6 @@ class StepClock:
 
     def __init__(self, step: int, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._begun: dict[str, Mark] = {}
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -39,12 +52,12 @@ class StepClock:
         self._spans: dict[str, list[tuple[Mark, Mark]]] = defaultdict(list)
 
     def watch(self, engine: Engine) -> None:
-        """Measure `forward` and `optimizer` of every step from now on."""
-        module, optimizer = engine.deepspeed.module, engine.optimizer
-        module.register_forward_pre_hook(lambda *_: self._begin("forward"))
-        module.register_forward_hook(lambda *_: self._end("forward"))
-        optimizer.register_step_pre_hook(lambda *_: self._begin("optimizer"))
-        optimizer.register_step_post_hook(lambda *_: self._end("optimizer"))
+        """Measure the `PHASES` of every step from now on."""
+        instructions = dict(engine.deepspeed._INSTRUCTION_MAP)
+        for phase, kinds in PHASES.items():
+            for kind in kinds:
+                instructions[kind] = self._timed(phase, instructions[kind])
+        engine.deepspeed._INSTRUCTION_MAP = instructions
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items, with the host's waiting for each measured as `data`."""
@@ -67,11 +80,13 @@ class StepClock:
         self.restart(step)
         return {f"{name}_time_s": total / steps for name, total in {"step": seconds, **sums}.items()}
 
-    def _begin(self, name: str) -> None:
-        self._begun[name] = self._mark()
+    def _timed(self, phase: str, carry_out: Callable[..., None]) -> Callable[..., None]:
+        def timed(engine: Any, **operands: Any) -> None:
+            begun = self._mark()
+            carry_out(engine, **operands)
+            self._spans[phase].append((begun, self._mark()))
 
-    def _end(self, name: str) -> None:
-        self._spans[name].append((self._begun.pop(name), self._mark()))
+        return timed
 
     def _mark(self) -> Mark:
         if not self._on_gpu:
@@ -79,6 +94,13 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def shares(row: Mapping[str, Any]) -> str:
+    """Each phase's share of the step in what `take` gave, such as `data 0, forward 31, backward 52 %`."""
+    phases = [name for name in ("data", *PHASES) if f"{name}_time_s" in row]
+    parts = [f"{name} {100 * row[f'{name}_time_s'] / row['step_time_s']:.0f}" for name in phases]
+    return ", ".join(parts) + " %"
 
 
 def _seconds(begun: Mark, ended: Mark) -> float:

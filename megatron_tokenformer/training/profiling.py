@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, schedule
 
 from megatron_tokenformer.parallel.layout import Layout
 
@@ -18,8 +18,10 @@ TABLE_ROWS = 40
 @contextlib.contextmanager
 def profiled(
     steps: int, folder: Path, layout: Layout, say: Callable[[str], None]
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[Callable[[], bool]]:
     """Profile `steps` steps after the first few; what is yielded is to be called after each step.
+
+    It says whether that step was slowed by the profiler, on the ranks that are traced.
 
     Each rank of the first data-parallel replica (the others do the same) writes into `folder` a trace that
     chrome://tracing and ui.perfetto.dev open, and a table of its dearest operations.
@@ -28,7 +30,7 @@ def profiled(
         steps: 0 profiles nothing, and costs nothing.
     """
     if steps == 0 or layout.data_rank > 0:
-        yield lambda: None
+        yield lambda: False
         return
     on_gpu = layout.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -46,7 +48,13 @@ def profiled(
     with profile(
         activities=activities, schedule=course, on_trace_ready=write, record_shapes=True
     ) as profiler:
-        yield profiler.step
+
+        def after_step() -> bool:
+            slowed = profiler.current_action != ProfilerAction.NONE
+            profiler.step()
+            return slowed
+
+        yield after_step
     if profiler.step_num < WARM_UP_STEPS + steps:
         say(
             f"warning: --profile {steps} needs {WARM_UP_STEPS + steps} steps, and this call did "

@@ -26,7 +26,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation import perplexity
 from megatron_tokenformer.evaluation.load import load_model
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation, total
-from megatron_tokenformer.model.attention import _rotary_tables
+from megatron_tokenformer.model.attention import _kept_tables
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
 from megatron_tokenformer.parallel.layout import Layout
@@ -239,7 +239,7 @@ def test_several_processes_find_what_one_does(trained: RunConfig, tmp_path: Path
 
 
 def test_a_model_still_learns_in_a_process_that_has_evaluated(trained: RunConfig) -> None:
-    _rotary_tables.cache_clear()
+    _kept_tables.cache_clear()
     evaluate(open_evaluation(trained.run_dir, [trained.data.validation[0][1]]))
     model = LanguageModel(trained.model)
     model(torch.zeros(1, LENGTH, dtype=torch.long)).sum().backward()

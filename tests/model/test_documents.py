@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_tokenformer.data.documents import document_positions
-from megatron_tokenformer.model.attention import rotate, same_document
+from megatron_tokenformer.model.attention import _kept_tables, rotate, same_document
 from megatron_tokenformer.parallel.collectives import TensorParallel
 from tests.model.test_language_model import MODEL, build, reference_logits
 
@@ -70,3 +70,15 @@ def test_positions_of_one_document_change_nothing() -> None:
     module, tokens = build(TensorParallel()), some_documents()
     positions = torch.arange(16).expand(2, 16)
     torch.testing.assert_close(module(tokens, positions), module(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_what_inference_has_kept_can_be_trained_with() -> None:
+    """Masks and rotary tables are kept; made in inference mode they could not be saved for backward."""
+    module, tokens = build(), some_documents()
+    positions = document_positions(tokens, END)
+    _kept_tables.cache_clear()
+    with torch.inference_mode():
+        expected = module(tokens, positions)
+    logits = module(tokens, positions)
+    logits.sum().backward()
+    assert torch.equal(logits, expected)

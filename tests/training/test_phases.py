@@ -14,7 +14,7 @@ from megatron_tokenformer.config.sizes import flops_per_token
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import read_rows
-from megatron_tokenformer.training.phases import StepClock
+from megatron_tokenformer.training.phases import PHASES, StepClock
 from tests.ranks import run_ranks
 from tests.toy import toy_config
 
@@ -37,7 +37,7 @@ def test_phases_are_parts_of_the_step_and_rates_follow_from_it(run: tuple[Path, 
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
     assert len(rows) == 10
     for row in rows:
-        phases = [row[f"{name}_time_s"] for name in ("data", "forward", "optimizer")]
+        phases = [row[f"{name}_time_s"] for name in ("data", *PHASES) if name != "pipeline"]
         assert all(seconds > 0 for seconds in phases)
         assert sum(phases) < row["step_time_s"]
         tokens = 8 * 32
@@ -62,6 +62,22 @@ def test_a_trace_of_each_rank_of_one_replica_holds_the_steps_asked_for(run: tupl
     assert steps == ["ProfilerStep#3", "ProfilerStep#4"]
     assert any("mm" in name for name in names)
     assert "Self CPU" in (folder / "profile" / "rank-00000.txt").read_text()
+
+
+def test_rows_of_steps_that_were_slowed_by_the_profiler_say_so(run: tuple[Path, RunConfig]) -> None:
+    """Two steps, and the one before them, in which the profiler warms up."""
+    folder, _ = run
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows if row["profiled"]] == [3, 4, 5]
+
+
+def test_stages_that_wait_for_each_other_say_so(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, parallel={"pipeline": 2}, training={"steps": 2})
+    run_ranks(2, profile_toy, config, 0, pipeline=2)
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    for row in rows:
+        assert 0 < row["pipeline_time_s"] < row["step_time_s"]
+        assert not row["profiled"]
 
 
 def test_a_clock_that_is_restarted_forgets() -> None:
