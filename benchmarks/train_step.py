@@ -1,4 +1,4 @@
-"""One optimizer step of a real run: each Tokenformer of the ladder against its dense twin of equal size."""
+"""One optimizer step of a real run: each Tokenformer against its dense twin of equal size, if it has one."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from ladder import CONFIGS, TWINS, twin_configs
+from ladder import CONFIGS, SIZES, TWINS, twin_configs
 from reporting import add_json_option, describe, report, settings
 
+from megatron_tokenformer.config.estimate import POLICIES
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.errors import UserError, run_cli
-from megatron_tokenformer.parallel.environment import find_processes, set_device_variables
+from megatron_tokenformer.parallel.environment import find_processes, free_port, set_device_variables
 from megatron_tokenformer.quiet import quiet_imports
 
 ROOT = CONFIGS.parent
@@ -39,17 +40,18 @@ EXAMPLE = """examples:
   A round runs every contender once, in a process of its own, so that each finds the device empty and its peak
   of memory is its own; rounds begin with another contender in turn. A process opens a run on random tokens,
   makes two steps to warm up and then --steps steps, each waited for. A round's figure is the median of its
-  steps. "Tokenformer / GPT" is the median over the rounds of the ratio of tokens per second. FLOPs are those
-  of config/sizes.py: products only, none twice. Memory is the first rank's: allocated on a GPU, else
-  resident, imports included.
+  steps. "Tokenformer / GPT" is the median over the rounds of the ratio of tokens per second; a size without a
+  twin has none. FLOPs are those of config/sizes.py: products only, none twice. Memory is the first rank's:
+  allocated on a GPU, else resident, imports included.
 """
 
 
-def run_config(name: str, path: Path, prefix: str, folder: Path, given: argparse.Namespace) -> RunConfig:
-    """A run of this config on the benchmark's data, that never comes to its last step.
+def run_config(name: str, prefix: str, folder: Path, given: argparse.Namespace) -> RunConfig:
+    """A contender's run on the benchmark's data, that never comes to its last step.
 
     With --layers a twin keeps its proportion of layers, so that both are still about equal in size.
     """
+    paths = next(configs for configs in map(twin_configs, SIZES) if name in configs)
     recompute = given.recompute
     if recompute == "scores" and name.startswith("GPT"):
         recompute = "none"  # it has no scores
@@ -65,9 +67,9 @@ def run_config(name: str, path: Path, prefix: str, folder: Path, given: argparse
         *given.overrides,
     ]
     if given.layers:
-        ours, own = (load_config(p).model.layers for p in (CONFIGS / "tokenformer-124m.yaml", path))
+        ours, own = (load_config(path).model.layers for path in (next(iter(paths.values())), paths[name]))
         overrides.append(f"model.layers={max(given.layers * own // ours, 1)}")
-    config = load_config(path, overrides)
+    config = load_config(paths[name], overrides)
     parallel = config.parallel
     data_ranks = find_processes().world_size // (parallel.tensor * parallel.pipeline)
     size = given.micro_batch * max(data_ranks, 1) * given.accumulation
@@ -87,10 +89,10 @@ def write_tokens(folder: Path, vocabulary: int, count: int) -> str:
     return prefix
 
 
-def run_one(name: str, path: Path, given: argparse.Namespace) -> None:
+def run_one(name: str, given: argparse.Namespace) -> None:
     """Train in this process as one of a contender's; the first prints the figures as its last line."""
     processes = find_processes()
-    config = run_config(name, path, "unknown", Path(), given)
+    config = run_config(name, "unknown", Path(), given)
     set_device_variables(config.parallel)
     with quiet_imports():
         from megatron_tokenformer.parallel import layout
@@ -102,7 +104,7 @@ def run_one(name: str, path: Path, given: argparse.Namespace) -> None:
     try:
         count = 8 * config.training.global_batch_size * given.sequence_length + 1
         prefix = layout.from_main_rank(lambda: write_tokens(folder, config.model.vocab_size, count))
-        config = run_config(name, path, prefix, folder, given)
+        config = run_config(name, prefix, folder, given)
         with contextlib.redirect_stdout(io.StringIO()), open_run(config, here) as run:
             seconds = list(timed_steps(run, given.steps))
             figures = throughput(config, here, run.engine.precision, run.accumulation, median(seconds))
@@ -130,12 +132,33 @@ def timed_steps(run: Any, steps: int) -> Iterator[float]:
             yield time.perf_counter() - begun
 
 
-def run_child(name: str, number: int, given: argparse.Namespace) -> dict[str, Any]:
-    """`run_one` in a process of its own, with this rank's place among the others, on a port of its own."""
+def agreed_ports() -> Callable[[int], int]:
+    """A function that gives all ranks the same port for the child of this number, free on the first's host.
+
+    The ranks' parents meet at the launcher's own address, which some launchers keep for themselves, so that
+    children cannot meet there.
+    """
+    here = find_processes()
+    if here.world_size == 1:
+        return lambda number: free_port()
+    from torch.distributed.rendezvous import rendezvous
+
+    os.environ.update(MASTER_ADDR=here.master_address, MASTER_PORT=str(here.master_port))
+    store, _, _ = next(rendezvous("env://", here.rank, here.world_size))
+
+    def port(number: int) -> int:
+        if here.rank == 0:
+            store.set(f"port of child {number}", str(free_port()))
+        return int(store.get(f"port of child {number}"))
+
+    return port
+
+
+def run_child(name: str, port: int) -> dict[str, Any]:
+    """`run_one` in a process of its own, with this rank's place among the others, who meet at this port."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    if "MASTER_PORT" in environment:
-        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1 + number)
+    environment["MASTER_PORT"] = str(port)
     command = [sys.executable, __file__, "--one", name, *sys.argv[1:]]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -147,16 +170,16 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """All rounds of all contenders; of each the medians, and of each size the ratio to its twin."""
     names = [name for size in given.configs for name in twin_configs(size)]
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    main = find_processes().rank == 0
+    main, port = find_processes().rank == 0, agreed_ports()
     for number in range(given.rounds):
         turn = number % len(names)
         for place, name in enumerate(names[turn:] + names[:turn]):
-            rounds[name].append(run_child(name, number * len(names) + place, given))
+            rounds[name].append(run_child(name, port(number * len(names) + place)))
             if main:
                 print(f"round {number + 1}: {name} {rounds[name][-1]['step_s']:.3f} s", file=sys.stderr)
     if not main:
         return {}
-    pairs = {size: list(twin_configs(size)) for size in given.configs}
+    pairs = {size: list(twin_configs(size)) for size in given.configs if size in TWINS}
     return {
         "settings": settings(given),
         "environment": rounds[names[0]][0]["environment"],  # torch, and the GPU, are the children's
@@ -183,9 +206,9 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for size in given["configs"]:
-        ratios = result["tokenformer_to_gpt"][size]
-        ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        for name, last in zip(twin_configs(size), ("", ratio)):
+        ratios = result["tokenformer_to_gpt"].get(size)
+        ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
+        for name, last in zip(twin_configs(size), ("", ratio) if ratios else (ratio,)):
             rounds = result["contenders"][name]
             own = {
                 key: [one[key] for one in rounds] for key in rounds[0] if key not in ("steps", "environment")
@@ -207,34 +230,38 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--configs", nargs="+", choices=TWINS, default=list(TWINS), metavar="SIZE", help=", ".join(TWINS))
+    help = f"{', '.join(SIZES)} (default: {' '.join(TWINS)}, which have a twin)"
+    add("--configs", nargs="+", choices=SIZES, default=list(TWINS), metavar="SIZE", help=help)
     add("--micro-batch", type=int, default=8, metavar="N", help="sequences at once (default: 8)")
     add("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step (default: 1)")
     add("--sequence-length", type=int, default=1024, metavar="N")
     add("--steps", type=int, default=10, metavar="N", help="timed in a round (default: 10)")
     add("--rounds", type=int, default=3, metavar="N")
     help = "of the twin, which has no scores, none instead of scores"
-    add("--recompute", choices=("none", "scores", "layer"), default="none", help=help)
-    help = "of the Tokenformer instead of 12, the twin's in proportion: for machines without a GPU"
+    add("--recompute", choices=POLICIES, default="none", help=help)
+    help = "of the Tokenformer instead of its own, the twin's in proportion: for machines without a GPU"
     add("--layers", type=int, metavar="N", help=help)
     add("--folder", help="where the data go, and are removed again; of several hosts, one that all have")
     add("--one", help=argparse.SUPPRESS)
     add_json_option(parser)
     add("overrides", nargs="*", metavar="section.key=value", help="changes to all configs")
-    return parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args()
+    for option in ("micro_batch", "accumulation", "sequence_length", "steps", "rounds", "layers"):
+        number = getattr(given, option)
+        if number is not None and number < 1:
+            raise UserError(f"--{option.replace('_', '-')} {number} is not above 0")
+    return given
 
 
 def main() -> int:
     """Measure and print; or be one contender's process."""
     given = parse_arguments()
     if given.one:
-        name: str = given.one
-        paths = {name: path for size in TWINS for name, path in twin_configs(size).items()}
-        run_one(name, paths[name], given)
+        run_one(given.one, given)
         return 0
     for size in given.configs:
-        for name, path in twin_configs(size).items():
-            run_config(name, path, "unknown", Path(), given)  # refused here, not in the third process
+        for name in twin_configs(size):
+            run_config(name, "unknown", Path(), given)  # refused here, not in the third process
     result = measure(given)
     if result:
         report(table(result), result, given.json)

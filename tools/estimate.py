@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ examples:
 
   # every stage of a schedule, on several numbers of GPUs, as a Markdown table (docs/scaling.md)
   python tools/estimate.py --schedule configs/progressive/pile-124m-to-1.4b.yaml --gpus 8,64,1024
+  python tools/estimate.py --schedule configs/progressive/pile-124m-to-1.4b.yaml \\
+      common.training.global_batch_size=2048 stages.1.4b.config.training.steps=30000
 """
 
 
@@ -63,9 +66,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="run config")
     what.add_argument("--schedule", help="progressive config: a table of the best layout of each stage")
-    add("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    add("--gpus", metavar="N", help="also look for the best layouts of N GPUs; with --schedule N,N,...")
-    add("--layouts", type=int, default=3, metavar="K", help="how many layouts to show (default: 3)")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="changes to the config; with --schedule to the schedule: common.section.key=value for all its "
+        "stages, stages.NAME.config.section.key=value for one",
+    )
+    add(
+        "--gpus",
+        metavar="N",
+        help="also look for the best layouts of N GPUs; with --schedule N,N,... (default: 8)",
+    )
+    add(
+        "--layouts",
+        type=int,
+        metavar="K",
+        help="how many layouts of N GPUs to show (default: 3; with --schedule 1)",
+    )
     add(
         "--gpu",
         default="NVIDIA H100 80GB HBM3",
@@ -94,7 +112,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0.4,
         metavar="SHARE",
-        help="share of the peak that computing reaches (default: %(default)s)",
+        help="share of the peak that computing reaches, at most 1 (default: %(default)s)",
+    )
+    add(
+        "--launch-time",
+        type=float,
+        default=5,
+        metavar="US",
+        help="microseconds that launching a kernel takes; not measured (default: %(default)s)",
     )
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
     return parser.parse_args(argv)
@@ -108,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(given.config, given.overrides)
     hardware = hardware_of(given, config)
     ranks = config.parallel.tensor * config.parallel.pipeline
-    gpus = gpu_counts(given.gpus or str(ranks))
+    gpus = gpu_counts(str(ranks) if given.gpus is None else given.gpus)
     if len(gpus) > 1:
         raise UserError(f"--gpus {given.gpus} with --config; give one number, or --schedule")
     figures = model_figures(config) | {"assumptions": assumptions(hardware)}
@@ -117,14 +142,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         own = estimate(config, gpus[0], hardware)
     except UserError as refused:
-        if not given.gpus:
+        if given.gpus is None:
             raise
         print(f"as configured it does not run: {refused}")
     else:
         figures["as_configured"] = own.figures(hardware)
         report_layout("as configured", own, hardware)
-    if given.gpus:
-        best = best_layouts(config, gpus[0], hardware, given.layouts)
+    if given.gpus is not None:
+        best = best_layouts(config, gpus[0], hardware, given.layouts or 3)
         if not best:
             print(f"nothing fits: no layout of {gpus[0]} GPUs divides the batch and keeps within the memory")
         for place, found in enumerate(best, start=1):
@@ -143,7 +168,9 @@ def gpu_counts(text: str) -> list[int]:
     """
     counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if not all(counts):
-        raise UserError(f"--gpus {text} is not a number of GPUs; write one such as 8, or several, 8,16,64")
+        raise UserError(
+            f"--gpus {text or repr(text)} is not a number of GPUs; write one such as 8, or several, 8,16,64"
+        )
     return counts
 
 
@@ -151,12 +178,24 @@ def hardware_of(given: argparse.Namespace, config: RunConfig) -> Hardware:
     """The GPUs that the command line describes.
 
     Raises:
-        UserError: a device whose peak is not known, or a figure that is not positive.
+        UserError: a device whose peak is not known, or a figure that is not a positive and finite one.
     """
-    for option in ("peak", "gpus_per_node", "link_speed", "network_speed", "efficiency", "layouts"):
+    for option in (
+        "peak",
+        "gpus_per_node",
+        "link_speed",
+        "network_speed",
+        "efficiency",
+        "launch_time",
+        "layouts",
+    ):
         value = getattr(given, option)
-        if value is not None and not value > 0:
-            raise UserError(f"--{option.replace('_', '-')} {value} is not above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{option.replace('_', '-')} {value} is not a finite number above 0")
+    if given.efficiency > 1:
+        raise UserError(
+            f"--efficiency {given.efficiency} is more than all of the peak; write a share, such as 0.4"
+        )
     precision = resolved_precision(config)
     peak = given.peak * 1e12 if given.peak else device_peak(given.gpu, precision)
     if precision == "fp32" and not given.peak:
@@ -173,6 +212,7 @@ def hardware_of(given: argparse.Namespace, config: RunConfig) -> Hardware:
         link=given.link_speed * 1e9,
         network=given.network_speed * 1e9,
         efficiency=given.efficiency,
+        launch=given.launch_time / 1e6,
     )
 
 
@@ -224,14 +264,15 @@ def layout_in_words(found: Estimate) -> str:
 
 
 def table_of_stages(given: argparse.Namespace) -> int:
-    """Print the best layout of every stage of a schedule on every number of GPUs, as a Markdown table."""
+    """Print the best layouts of every stage of a schedule on every number of GPUs, as a Markdown table."""
     stages = load_plan(Path(given.schedule), given.overrides).stages
     rows = []
     for stage in stages:
         hardware = hardware_of(given, stage.config)
-        for gpus in gpu_counts(given.gpus or "8"):
-            best = best_layouts(stage.config, gpus, hardware, count=1)
-            rows.append({"stage": stage.name, **(best[0].figures(hardware) if best else {"gpus": gpus})})
+        for gpus in gpu_counts("8" if given.gpus is None else given.gpus):
+            best = best_layouts(stage.config, gpus, hardware, count=given.layouts or 1)
+            found = [layout.figures(hardware) for layout in best] or [{"gpus": gpus}]
+            rows += [{"stage": stage.name, **figures} for figures in found]
     print(*table(rows), sep="\n")
     if given.json:
         print(json.dumps({"stages": rows}))

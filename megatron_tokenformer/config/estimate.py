@@ -2,14 +2,17 @@
 
 The model of time, all of whose assumptions `ASSUMPTIONS` puts in words:
 
-    stage     = executed operations / (tensor ranks x efficiency x peak) + tensor-parallel traffic + borders
+    computing = executed operations / (tensor ranks x efficiency x peak)
+    stage     = max(computing, launches of its kernels) + tensor-parallel traffic + borders
     step time = slowest stage x (micro-batches + stages - 1) + sums and gathers at the end of the step
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, get_args
 
 from megatron_tokenformer.config.memory import fullest_stage
@@ -40,6 +43,8 @@ USABLE = 0.9
 """share of a GPU's memory that is planned for"""
 LARGEST_MICRO_BATCH = 16_384
 """tokens; products get no faster beyond"""
+LAUNCHES = {"forward": 40, "backward": 80}
+"""kernels of a layer and micro-batch; a round guess, not counted"""
 AMONG = {
     "tensor": (ACTIVATIONS, ROW_TOTALS, LOSS),
     "pipeline": (PIPELINE, TIED_EMBEDDING),
@@ -65,19 +70,42 @@ class Hardware:
     """share of the peak that everything that is computed reaches, waiting and traffic left out"""
     latency: float = 20e-6
     """seconds of a call, beside its bytes"""
+    launch: float = 5e-6
+    """seconds that launching one kernel takes"""
 
-    def speed(self, ranks: int, apart: int) -> float:
-        """Bytes/s of a collective among `ranks` GPUs whose numbers are `apart` from each other.
+    def speed(self, ranks: int, apart: int, gpus: int, pairs: bool = False) -> float:
+        """Bytes/s of the slowest group, each of `ranks` GPUs whose numbers are `apart` from each other.
 
         Between nodes a ring uses the network ports of all its GPUs in a node.
+
+        Args:
+            gpus: all that there are, a multiple of `ranks * apart`.
+            pairs: whether no ring sends but one GPU to another.
         """
-        if (ranks - 1) * apart < self.per_node:
+        ports = fewest_in_a_node(ranks, apart, gpus, self.per_node)
+        if ports is None:
             return self.link
-        return min(self.link, self.network * max(1, self.per_node // apart))
+        return min(self.link, self.network * (1 if pairs else ports))
+
+
+@lru_cache(maxsize=1024)
+def fewest_in_a_node(ranks: int, apart: int, gpus: int, per_node: int) -> int | None:
+    """Of the groups that lie on several nodes, the fewest GPUs that one has on a node; None where none does.
+
+    The first group alone would not tell: of groups of 4 on nodes of 6 GPUs, the second is on two nodes.
+    """
+    fewest = [
+        min(nodes.values())
+        for first in range(gpus)
+        if first // apart % ranks == 0
+        and len(nodes := Counter((first + i * apart) // per_node for i in range(ranks))) > 1
+    ]
+    return min(fewest, default=None)
 
 
 ASSUMPTIONS = """\
 computing reaches {efficiency:.0%} of the peak of {peak:.0f} TFLOP/s, whatever the sizes; recomputing counts
+a layer has {forward} kernels forward, {backward} backward; a launch takes {launch:g} us, beside computing
 all traffic is waited for, none of it hidden behind computing; a call takes {latency:.0f} us beside its bytes
 collectives reach {link:.0f} GB/s per GPU in a node of {per_node}, {network:.0f} GB/s per port between nodes
 not counted: data loading, the optimizer's own arithmetic, evaluation, checkpoints, failures
@@ -90,6 +118,8 @@ def assumptions(hardware: Hardware) -> list[str]:
         efficiency=hardware.efficiency,
         peak=hardware.peak / 1e12,
         latency=hardware.latency * 1e6,
+        launch=hardware.launch * 1e6,
+        **LAUNCHES,
         link=hardware.link / 1e9,
         per_node=hardware.per_node,
         network=hardware.network / 1e9,
@@ -164,18 +194,23 @@ def estimate(config: RunConfig, gpus: int, hardware: Hardware) -> Estimate:
     tensor, stages = config.parallel.tensor, config.parallel.pipeline
     data_ranks = gpus // (tensor * stages)
     speeds = {
-        "tensor": hardware.speed(tensor, 1),
-        "data": hardware.speed(data_ranks, tensor),
-        "pipeline": hardware.speed(stages, tensor * data_ranks),
+        "tensor": hardware.speed(tensor, 1, gpus),
+        "data": hardware.speed(data_ranks, tensor, gpus),
+        "pipeline": hardware.speed(stages, tensor * data_ranks, gpus, pairs=True),
     }
     most = {ranks: 0.0 for ranks in AMONG}
-    slowest, at_the_end = {"computing": 0.0, "tensor": 0.0, "pipeline": 0.0}, 0.0
+    slowest = {"computing": 0.0, "launching": 0.0, "tensor": 0.0, "pipeline": 0.0}
+    at_the_end = 0.0
     tokens = micro_batch_tokens(config)
+    layers = stage_layers(config)
     for stage, work in enumerate(stage_works(config)):
         each, once = stage_traffic(config, resolved_precision(config), data_ranks, stage)
         waits = {ranks: _wait(among(ranks, each), speeds[ranks], hardware.latency) for ranks in AMONG}
+        computing = work * tokens / (tensor * hardware.efficiency * hardware.peak)
+        launches = layers[stage] * layer_launches(config) * hardware.launch
         here = {
-            "computing": work * tokens / (tensor * hardware.efficiency * hardware.peak),
+            "computing": computing,
+            "launching": max(launches - computing, 0.0),  # the rest is hidden behind computing
             "tensor": waits["tensor"],
             "pipeline": waits["pipeline"],
         }
@@ -189,6 +224,12 @@ def estimate(config: RunConfig, gpus: int, hardware: Hardware) -> Estimate:
     seconds |= {"bubble": sum(slowest.values()) * (stages - 1), "end of step": at_the_end}
     _, memory = fullest_stage(config, data_ranks, micro_batches)
     return Estimate(config, gpus, data_ranks, micro_batches, memory, most, seconds)
+
+
+def layer_launches(config: RunConfig) -> int:
+    """Kernels of a layer and micro-batch, those of a forward pass that is made again included."""
+    again = LAUNCHES["forward"] if config.training.recompute == "layer" else 0
+    return sum(LAUNCHES.values()) + again
 
 
 def among(ranks: str, traffic: Iterable[Traffic]) -> list[Traffic]:
@@ -221,8 +262,10 @@ def fits_into(found: Estimate, hardware: Hardware) -> bool:
 
 
 def layouts(config: RunConfig, gpus: int, hardware: Hardware) -> Iterator[RunConfig]:
-    """The config under every layout that the schema allows on so many GPUs."""
+    """The config under every layout that the schema allows on so many GPUs, no tensor ranks on two nodes."""
     for tensor in _divisors(gpus, most=hardware.per_node):
+        if hardware.per_node % tensor and gpus > hardware.per_node:
+            continue  # some of these groups would lie on two nodes
         for pipeline in _divisors(gpus // tensor, most=config.model.layers):
             split = {"tensor": tensor, "pipeline": pipeline, "sequence": tensor > 1}
             parallel = config.parallel.model_copy(update=split)

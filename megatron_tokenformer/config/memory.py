@@ -55,7 +55,9 @@ def activations(config: RunConfig, stage: int, micro_batches: int) -> dict[str, 
         "backward at work": (layers > 0) * backward_at_work(config, recompute),
     }
     if recompute == "layer":
-        found["recomputed layer"] = (layers > 0) * layer_activations(config, "none")
+        # DeepSpeed's checkpoint hands on another tensor of positions, for which a layer makes its own mask.
+        again = layer_activations(config, "none") + document_mask(config)
+        found["recomputed layer"] = (layers > 0) * again
     if config.data.isolate_documents:
         found["document masks"] = (layers > 0) * under_way * document_mask(config)
     if stage == stages - 1:

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from megatron_tokenformer.config.estimate import Hardware, best_layouts, estimate, parse_bytes
+from megatron_tokenformer.config.estimate import (
+    Hardware,
+    assumptions,
+    best_layouts,
+    estimate,
+    layouts,
+    parse_bytes,
+)
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.sizes import FORMULAS
 from megatron_tokenformer.errors import UserError
@@ -19,6 +26,8 @@ from tools.estimate import main
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/tokenformer-1.4b.yaml")
+SCHEDULE = str(ROOT / "configs/progressive/pile-124m-to-1.4b.yaml")
+STAGES = ("124m", "354m", "757m", "1.4b")
 H100 = Hardware(peak=989e12, memory=80 * 10**9)
 
 
@@ -44,7 +53,8 @@ def test_a_step_computed_by_hand() -> None:
     end = sums * 3 / 4 / 40e9 + embedding / 20e9 + 3 * 20e-6
     assert found.seconds == pytest.approx(
         {
-            "computing": m * computing,
+            "computing": m * computing,  # 46 ms, and the launches of 6 layers 3.6
+            "launching": 0.0,
             "tensor": m * tensor,
             "pipeline": m * pipeline,
             "bubble": computing + tensor + pipeline,
@@ -54,6 +64,52 @@ def test_a_step_computed_by_hand() -> None:
     assert found.mfu(H100) == pytest.approx(
         3 * (12 * layer + 2 * d * v) * 2**19 / (found.step_time * 16 * 989e12)
     )
+
+
+@pytest.mark.parametrize("recompute, kernels", [("none", 40 + 80), ("layer", 40 + 40 + 80)])
+def test_a_small_micro_batch_takes_the_time_of_its_launches(recompute: str, kernels: int) -> None:
+    """124M, a sequence on each of 512 GPUs: 2.1 ms of computing, and 12 layers of launches at 5 us."""
+    overrides = ["training.micro_batch_size=1", f"training.recompute={recompute}"]
+    found = estimate(load_config(str(ROOT / "configs/tokenformer-124m.yaml"), overrides), 512, H100)
+    s, d, v, n = 1024, 768, 50304, 576
+    layer = 4 * d * 8 * n + 2 * s * d
+    computing = ((3 + (recompute == "layer")) * 12 * layer + 3 * 2 * d * v) * s / (0.4 * 989e12)
+    assert found.micro_batches == 1
+    assert found.seconds["computing"] == pytest.approx(computing)
+    assert found.seconds["computing"] + found.seconds["launching"] == pytest.approx(12 * kernels * 5e-6)
+
+
+@pytest.mark.parametrize(
+    "per_node, ranks, apart, gpus, ports",
+    [
+        (8, 8, 1, 64, None),
+        (8, 4, 2, 64, None),
+        (6, 4, 1, 4, None),  # all in one node
+        (6, 4, 1, 12, 2),  # 4 to 7: two on each
+        (8, 3, 2, 6, None),
+        (8, 3, 2, 12, 1),  # 6, 8, 10
+        (8, 8, 2, 16, 4),
+        (8, 16, 1, 64, 8),
+        (8, 8, 8, 64, 1),
+        (8, 1, 4, 64, None),
+    ],
+)
+def test_a_group_goes_at_the_speed_of_its_slowest(
+    per_node: int, ranks: int, apart: int, gpus: int, ports: int | None
+) -> None:
+    """At the link's only if every such group is in one node, else through the fewest ports of any."""
+    hardware = Hardware(989e12, 80 * 10**9, per_node, link=200e9, network=20e9)
+    assert hardware.speed(ranks, apart, gpus) == (200e9 if ports is None else ports * 20e9)
+    assert hardware.speed(ranks, apart, gpus, pairs=True) == (200e9 if ports is None else 20e9)
+
+
+@pytest.mark.parametrize("per_node, gpus, sizes", [(6, 24, {1, 2}), (6, 4, {1, 2, 4}), (8, 24, {1, 2, 4})])
+def test_tensor_ranks_stay_in_a_node(per_node: int, gpus: int, sizes: set[int]) -> None:
+    """On nodes of 6 GPUs the second group of 4 would lie on two; 3, 6 and 8 are refused by the schema."""
+    hardware = Hardware(989e12, 80 * 10**9, per_node)
+    found = list(layouts(load_config(CONFIG), gpus, hardware))
+    assert {layout.parallel.tensor for layout in found} == sizes
+    assert all(hardware.speed(layout.parallel.tensor, 1, gpus) == hardware.link for layout in found)
 
 
 def test_layouts_fit_and_the_first_is_the_fastest() -> None:
@@ -148,8 +204,13 @@ def test_a_config_that_does_not_run_so_is_told_and_others_are_found(
         (["--gpu-memory", "nan"], "--gpu-memory nan is not a size"),
         (["--gpus", "0"], "--gpus 0 is not a number of GPUs"),
         (["--gpus", "8,16"], "--gpus 8,16 with --config; give one number"),
-        (["--link-speed", "0"], "--link-speed 0.0 is not above 0"),
-        (["--efficiency", "nan"], "--efficiency nan is not above 0"),
+        (["--gpus", ""], "--gpus '' is not a number of GPUs"),
+        (["--link-speed", "0"], "--link-speed 0.0 is not a finite number above 0"),
+        (["--efficiency", "nan"], "--efficiency nan is not a finite number above 0"),
+        (["--efficiency", "4"], "--efficiency 4.0 is more than all of the peak; write a share"),
+        (["--peak", "inf"], "--peak inf is not a finite number above 0"),
+        (["--launch-time", "-5"], "--launch-time -5.0 is not a finite number above 0"),
+        (["--layouts", "0"], "--layouts 0 is not a finite number above 0"),
     ],
 )
 def test_mistakes_are_told_in_words(words: list[str], told: str) -> None:
@@ -161,6 +222,22 @@ def test_mistakes_are_told_in_words(words: list[str], told: str) -> None:
 def test_a_v100_is_estimated_in_fp16(capsys: pytest.CaptureFixture[str]) -> None:
     device = ("--gpu", "Tesla V100-SXM2-32GB", "--gpu-memory", "32GB")
     assert "125 TFLOP/s" in "\n".join(run(capsys, "--config", CONFIG, *device, "training.precision=fp16"))
+
+
+def test_several_layouts_of_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--schedule", SCHEDULE, "--gpus", "16", "--layouts", "2")
+    own, _, *rows = run(capsys, *words, "common.training.global_batch_size=256")
+    assert [row.split(" | ")[0] for row in rows] == [f"| {stage}" for stage in STAGES for _ in range(2)]
+    times = [float(row.split(" | ")[own.split(" | ").index("step, s")]) for row in rows]
+    assert all(first <= second for first, second in zip(times[::2], times[1::2]))
+    assert run(capsys, *words) != [own, _, *rows], "overrides are of the schedule"
+
+
+def test_help_tells_how_a_schedule_is_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert "common.section.key=value" in told and "stages.NAME.config.section.key=value" in told
 
 
 def test_it_starts_without_torch() -> None:
@@ -183,5 +260,7 @@ def test_the_page_is_what_the_tool_prints(
     page = "\n".join(line.strip() for line in lines)
     assumed = run(capsys, "--config", "configs/tokenformer-124m.yaml")
     first = assumed.index("assumed:")
-    for line in [FORMULAS["tokenformer"], *assumed[first + 1 : first + 6]]:
+    last = assumed.index("", first)
+    assert last - first == 1 + len(assumptions(H100))
+    for line in [FORMULAS["tokenformer"], *assumed[first + 1 : last]]:
         assert line.strip() in page

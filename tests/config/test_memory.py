@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory import LiveStorages
 from torch import Tensor
 
-from megatron_tokenformer.config.memory import model_states
+from megatron_tokenformer.config.activations import document_mask, layer_activations
+from megatron_tokenformer.config.memory import activations, model_states
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.batches import pipeline_batches
@@ -19,6 +21,8 @@ from megatron_tokenformer.training.run import open_run
 from tests.measuring import allocated, held
 from tests.ranks import run_ranks
 from tests.toy import DENSE, toy_config
+
+END = 0
 
 
 def measure_states(layout: Layout, config: RunConfig) -> dict[str, int]:
@@ -106,3 +110,38 @@ class _Remembering(list):  # type: ignore[type-arg]
     def append(self, buffer: Tensor) -> None:
         self.sizes.append(buffer.numel())
         super().append(buffer)
+
+
+def masks_at_once(layout: Layout, config: RunConfig) -> int:
+    """The most masks of isolated documents that are alive during a step."""
+    found = [0]
+
+    class Masks(LiveStorages):
+        def bytes(self) -> int:
+            all_of_them = super().bytes()
+            sizes = [size for _, size in self.alive.values()]
+            found.append(sizes.count(document_mask(config)))
+            return all_of_them
+
+    with open_run(config, layout) as run:
+        batches = pipeline_batches(run.training_data, 0, config, layout, run.accumulation, END)
+        with Masks([]):
+            train_step(run, batches)
+    return max(found)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_a_layer_that_is_computed_again_makes_its_own_mask(tmp_path: Path, recompute: str) -> None:
+    """In a step of four layers, whose masks are the only tensors of their size."""
+    config = toy_config(
+        tmp_path,
+        model={"layers": 4},
+        data={"sequence_length": 128, "isolate_documents": True, "eod_id": END},
+        training={"recompute": recompute, "micro_batch_size": 3, "global_batch_size": 3},
+    )
+    kinds = activations(config, stage=0, micro_batches=1)
+    masks = kinds["document masks"]
+    if recompute == "layer":
+        masks += kinds["recomputed layer"] - layer_activations(config, "none")
+    (most,) = run_ranks(1, masks_at_once, config)
+    assert most * document_mask(config) == masks
