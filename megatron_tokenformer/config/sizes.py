@@ -30,8 +30,8 @@ _PEAKS = {
 # Without bf16 in hardware.
 _FP16_PEAKS = {r"Tesla V100-SXM2-\d\dGB": 125, r"Tesla V100-PCIE-\d\dGB": 112}
 
-CHUNK_SCORES = 1 << 26
-"""Scores of one projection in a chunk, with training.recompute=scores (`model/pattend.py`): 128 MiB of each
+CHUNK_SCORES = 1 << 25
+"""Scores of one projection in a chunk, with training.recompute=scores (`model/pattend.py`): 64 MiB of each
 tensor in bf16, and still large products."""
 
 FORMULAS = {

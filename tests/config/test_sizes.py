@@ -48,7 +48,7 @@ def test_what_recomputing_adds() -> None:
     assert (work("none"), work("layer")) == (3 * forward, 4 * forward)
     assert work("scores") == work("scores", micro_batch=64) == 3 * forward + 8 * product
     assert work("scores", tensor=2) == 3 * forward + 8 * product
-    # A chunk has 2^26 scores: 3,640 rows of 18,432 scores or 14,563 of 4,608, so of 4,096 rows not the FFN's.
+    # A chunk has 2^25 scores: 1,820 rows of 18,432 scores or 7,281 of 4,608, so of 4,096 rows not the FFN's.
     assert work("scores", tensor=2, micro_batch=4) == 3 * forward + (4 + 4 * 4) * product
 
 
