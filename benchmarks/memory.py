@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from ladder import TOKENS
-from reporting import add_json_option, describe, report, settings
+from reporting import add_device_option, add_json_option, at_least_one, describe, report, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tokenformer.config.schema import Model, Tokens
+from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.model.tokenformer import TokenformerLayer
 from megatron_tokenformer.parallel.collectives import TensorParallel
 
@@ -75,7 +76,10 @@ def measure(tokens: int, policy: str, given: argparse.Namespace) -> dict[str, in
         layer = TokenformerLayer(model, TensorParallel(), 0, policy == "scores")
         shape = (given.sequence_length, given.tokens // given.sequence_length, given.width)
         x = torch.zeros(shape, requires_grad=True)
-        run_layer(layer, x[:, :1], policy)  # makes what is made only once
+        # Makes what is made only once: tables, and on a GPU the workspaces of both passes' threads.
+        run_layer(layer, x[:, :1], policy).sum().backward()
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
         passes = _count_storages if given.device == "cpu" else _ask_allocator
         _, with_gradients = passes(layer, x, policy)
         layer.zero_grad(set_to_none=True)
@@ -93,12 +97,13 @@ def _count_storages(layer: TokenformerLayer, x: Tensor, policy: str) -> tuple[in
 
 
 def _ask_allocator(layer: TokenformerLayer, x: Tensor, policy: str) -> tuple[int, int]:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    device = x.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     output = run_layer(layer, x, policy)
-    kept = torch.cuda.memory_allocated() - before - output.untyped_storage().nbytes()
+    kept = torch.cuda.memory_allocated(device) - before - output.untyped_storage().nbytes()
     output.backward(torch.zeros_like(output))
-    return kept, torch.cuda.max_memory_allocated() - before
+    return kept, torch.cuda.max_memory_allocated(device) - before
 
 
 def rows(found: dict[str, list[dict[str, int]]], what: str, sizes: list[int]) -> Iterator[str]:
@@ -111,20 +116,31 @@ def rows(found: dict[str, list[dict[str, int]]], what: str, sizes: list[int]) ->
         yield f"| {policy} | " + " | ".join(f"{b:,.1f}" for b in own) + f" | {growth} |"
 
 
-def main() -> None:
+def main() -> int:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=list(TOKENS), metavar="S", help="tokens of q, k, v, output")
-    add("--width", type=int, default=768, help="d (default: 768)")
-    add("--tokens", type=int, default=4096, help="of a micro-batch (default: 4096)")
-    add("--sequence-length", type=int, default=1024)
+    add(
+        "--sizes",
+        type=at_least_one,
+        nargs="+",
+        default=list(TOKENS),
+        metavar="S",
+        help="tokens of q, k, v, output",
+    )
+    add("--width", type=at_least_one, default=768, help="d, in heads of 64 (default: 768)")
+    add("--tokens", type=at_least_one, default=4096, help="of a micro-batch (default: 4096)")
+    add("--sequence-length", type=at_least_one, default=1024)
     add("--dtype", choices=DTYPES, default="bf16")
-    add("--device", default="cpu")
+    add_device_option(parser)
     add_json_option(parser)
     given = parser.parse_args()
+    if given.width % 64:
+        raise UserError(f"--width {given.width} is not a multiple of 64, the width of a head")
+    if given.tokens % given.sequence_length:
+        raise UserError(f"--tokens {given.tokens} are no whole sequences of {given.sequence_length}")
     with FakeTensorMode() if given.device == "cpu" else contextlib.nullcontext():
         found = {policy: [measure(size, policy, given) for size in given.sizes] for policy in POLICIES}
     lines = [
@@ -134,7 +150,8 @@ def main() -> None:
     for what in FIGURES:
         lines += [*rows(found, what, given.sizes), ""]
     report("\n".join(lines), {"settings": settings(given), "results": found}, given.json, given.device)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -1,5 +1,8 @@
 """Pattention forward and backward: ours, the formula under autograd, the published steps, the products alone.
 
+"Keys joined" is what ours could be: one product of X with the keys of q, k and v, which are joined each time,
+one for their gradients, and one for X's.  For the FFN it is ours.
+
 All do the same work in rounds that take turns, so that a busy machine is busy for all; what counts is the
 median over the rounds of the ratio to the products alone, the least that any implementation can take.
 On a CPU, CPU time of the process is measured, which other processes on the machine disturb least.
@@ -21,11 +24,12 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from ladder import TOKENS
-from reporting import add_json_option, describe, report, settings
+from reporting import add_device_option, add_json_option, at_least_one, describe, report, settings
 from torch import Tensor
 
 from megatron_tokenformer.config.schema import ScoreNorm
-from megatron_tokenformer.kernels import reference
+from megatron_tokenformer.errors import run_cli
+from megatron_tokenformer.kernels import reference, score_norm
 from megatron_tokenformer.model.pattend import pattend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,6 +64,27 @@ def ours(work: Work) -> object:
 def recomputed(work: Work) -> object:
     """As the model computes it with training.recompute=scores."""
     return work.backward(pattend(work.x, work.keys, work.values, work.taus, work.kind, recompute_scores=True))
+
+
+@torch.no_grad()
+def joined(work: Work) -> object:
+    """Ours with the keys of all projections in one product forward and two backward; values apart."""
+    sizes = [len(k) for k in work.keys]
+    keys = torch.cat(work.keys) if len(sizes) > 1 else work.keys[0]
+    scores = (work.x @ keys.t()).split(sizes, dim=1)
+    stats = []
+    for a, v, tau in zip(scores, work.values, work.taus):
+        weights, own = score_norm.weights(a, tau, work.kind)
+        stats.append(own)
+        weights @ v
+    grads = work.x.new_empty(len(work.x), len(keys))
+    for g, dy, v in zip(grads.split(sizes, dim=1), work.grads, work.values):
+        torch.mm(dy, v.t(), out=g)
+    value_grads = [
+        score_norm.gradients_(a, g, tau, work.kind, own).t() @ dy
+        for a, g, tau, own, dy in zip(scores, grads.split(sizes, dim=1), work.taus, stats, work.grads)
+    ]
+    return grads @ keys, *(grads.t() @ work.x).split(sizes), *value_grads
 
 
 def plain(work: Work) -> object:
@@ -105,6 +130,7 @@ CONTENDERS: dict[str, Pass] = {
     "products alone": products,
     "ours": ours,
     "ours, scores recomputed": recomputed,
+    "ours, keys joined": joined,
     "formula, autograd": plain,
     "published steps, autograd": published,
 }
@@ -131,13 +157,13 @@ def seconds(run: Pass, work: Work, repeats: int) -> float:
     """Of one run; on a GPU wall time, else CPU time."""
     cuda = work.x.is_cuda
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(work.x.device)
     clock = time.perf_counter if cuda else time.process_time
     began = clock()
     for _ in range(repeats):
         run(work)
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(work.x.device)
     return (clock() - began) / repeats
 
 
@@ -181,21 +207,38 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=TOKENS, metavar="S", help="tokens of q, k and v; FFN has 4 S")
-    add("--width", type=int, default=768, help="d (default: 768)")
-    add("--tokens", type=int, default=256, help="rows of the input (default: 256; on a GPU take 16384)")
+    add(
+        "--sizes",
+        type=at_least_one,
+        nargs="+",
+        default=TOKENS,
+        metavar="S",
+        help="tokens of q, k and v; FFN has 4 S",
+    )
+    add("--width", type=at_least_one, default=768, help="d (default: 768)")
+    add(
+        "--tokens",
+        type=at_least_one,
+        default=256,
+        help="rows of the input (default: 256; on a GPU take 16384)",
+    )
     add("--score-norm", choices=get_args(ScoreNorm), default="l2_norm_gelu")
     add("--dtype", choices=DTYPES, default="fp32")
-    add("--device", default="cpu")
-    add("--threads", type=int, default=1, help="of torch on a CPU (default: 1, for a steady CPU time)")
-    add("--rounds", type=int, default=7)
-    add("--repeats", type=int, default=1, help="runs of each contender in a round (default: 1)")
+    add_device_option(parser)
+    add(
+        "--threads",
+        type=at_least_one,
+        default=1,
+        help="of torch on a CPU (default: 1, for a steady CPU time)",
+    )
+    add("--rounds", type=at_least_one, default=7)
+    add("--repeats", type=at_least_one, default=1, help="runs of each contender in a round (default: 1)")
     add_json_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -210,7 +253,8 @@ def main() -> None:
         "median of the rounds' ratios to the products (lowest to highest), ratio of the least times\n"
     )
     report(head + table(results), {"settings": settings(given), "results": results}, given.json, given.device)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,9 +17,42 @@ from typing import Any
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """The option --json, whose value `report` takes."""
+    """The option --json, whose value `report` takes; a FILE in no folder is refused before any work."""
     what = "also write the figures as one JSON object to FILE, or without FILE as the last line"
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help=what)
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", type=_json_file, help=what)
+
+
+def _json_file(name: str) -> str:
+    if Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is a folder; name a file")
+    if not Path(name).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(name).parent} to write {name} to")
+    return name
+
+
+def at_least_one(text: str) -> int:
+    """The type of options that count something, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """The option --device, whose value is a device that this torch can compute on."""
+    parser.add_argument("--device", default="cpu", type=_device, help="cpu, cuda or cuda:1 (default: cpu)")
+
+
+def _device(name: str) -> str:
+    if name == "cpu":
+        return name
+    import torch  # here: not every benchmark needs it
+
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of cpu, cuda, cuda:1")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(name.partition(":")[2] or 0) >= here:
+        raise argparse.ArgumentTypeError(f"there is no {name}: torch sees {here} GPU(s)")
+    return name
 
 
 def settings(given: argparse.Namespace) -> dict[str, Any]:

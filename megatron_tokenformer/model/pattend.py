@@ -6,7 +6,8 @@
 Autograd would keep A for the norm and S for the product with V.  Here backward makes S again from A while
 it makes dA, so A is all that is kept with an n in its shape.  With `recompute_scores` not even that: backward
 makes A again from X, one product more than the six above, and both passes go through X in chunks of rows, of
-at most CHUNK_SCORES scores, so that neither what is kept nor the peak depends on n.
+at most CHUNK_SCORES scores, so that neither what is kept nor the peak depends on n.  Where nothing needs a
+gradient and tokens are whole, forward goes in chunks too, since it has nothing to keep.
 
 Several projections of one X (query, key, value) share the ranks' sums: one all-reduce in forward (one more
 for the maximum of softmax) and one in backward, however many chunks there are.  A chunk is finished only
@@ -69,7 +70,8 @@ def pattend(
         taus: tau of each.
         kind: the score norm.
         ranks: over which the tokens are split.
-        recompute_scores: keep no scores for backward.
+        recompute_scores: keep no scores for backward.  So it is, whatever this says, where nothing needs a
+            gradient, unless tokens are split over ranks, where chunks cost products.
         chunk_scores: the most scores of one projection at a time, with `recompute_scores`.
 
     Returns:
@@ -82,6 +84,10 @@ def pattend(
         x, keys, values = x.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
         with torch.autocast(device, enabled=False):
             return pattend(x, keys, values, taus, kind, ranks, recompute_scores, chunk_scores)
+    if ranks.size == 1 and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (x, *keys, *values))
+    ):
+        recompute_scores = True
     settings = Settings(tuple(taus), kind, ranks, recompute_scores, chunk_scores)
     outputs = _Pattend.apply(x.reshape(-1, x.shape[-1]), settings, *keys, *values)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
@@ -92,7 +98,9 @@ class _Pattend(Function):
     def forward(ctx: Any, x: Tensor, settings: Settings, *tokens: Tensor) -> tuple[Tensor, ...]:
         keys, values = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
         chunks = settings.chunks(len(x), keys)
-        scores = [x @ k.t() for k in keys] if len(chunks) == 1 else None
+        # All at once only if they are kept, or wait for the ranks' sum.
+        hold = len(chunks) == 1 and (settings.ranks.size > 1 or not settings.recompute_scores)
+        scores = [x @ k.t() for k in keys] if hold else None
         stats = _stats_over_ranks(x, keys, scores, chunks, settings) if settings.ranks.size > 1 else None
         outputs = tuple(x.new_empty(len(x), v.shape[1]) for v in values)
 

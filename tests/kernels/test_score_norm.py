@@ -59,6 +59,15 @@ def both_passes(implementation: ModuleType, a: Tensor, g: Tensor, kind: Any) -> 
     return s, again, grad
 
 
+def assert_same(again: Tensor, found: Tensor) -> None:
+    """To the last bit, but for a rounding or two where a GPU's compiler fused two passes in two ways."""
+    if DEVICE.type == "cpu":
+        assert torch.equal(again, found)
+    else:
+        unit = torch.finfo(found.dtype).eps
+        torch.testing.assert_close(again, found, rtol=2 * unit, atol=4 * 2**-23 * float(found.abs().max()))
+
+
 @every_kind
 @pytest.mark.parametrize("n", [1, 40, 5000])
 def test_the_reference_is_the_formula(kind: str, n: int) -> None:
@@ -78,7 +87,7 @@ def test_fp32_is_the_formula_and_its_gradient(
     found, again, found_grad = both_passes(implementation, a.float(), g.float(), kind)
     assert found.dtype == found_grad.dtype == torch.float32
     torch.testing.assert_close(found.double(), s, rtol=1e-5, atol=1e-5 * s.abs().max().item())
-    assert torch.equal(again, found)
+    assert_same(again, found)
     slope = TAU / reference.row_totals(reference.numerators(a, kind, a.amax(-1, keepdim=True)), kind).sqrt()
     terms = TAU * g.abs().max() if kind == "softmax" else g.abs().max() * slope.max()  # that may cancel
     torch.testing.assert_close(found_grad.double(), grad, rtol=1e-5, atol=1e-6 * terms.item())
@@ -94,7 +103,7 @@ def test_16_bits_are_rounded_once(
     s, grad = expected(a, g, kind)
     found, again, found_grad = both_passes(implementation, a, g, kind)
     assert found.dtype == found_grad.dtype == dtype
-    assert torch.equal(again, found)
+    assert_same(again, found)
     if dtype == torch.bfloat16 and implementation is triton_kernels and DEVICE.type == "cpu":
         unit *= 2  # the interpreter truncates where a GPU rounds
     for here, exact in ((found, s), (found_grad, grad)):
@@ -120,7 +129,7 @@ def test_a_row_in_parts_is_the_whole_row(implementation: ModuleType, kind: str, 
     torch.testing.assert_close(torch.cat(weights, 1).double(), s, rtol=1e-5, atol=1e-6 * s.abs().max().item())
     sums = sum(implementation.row_sums(p, q, TAU, kind, whole) for p, q in pieces)
     for (p, q), part in zip(pieces, weights):
-        assert torch.equal(implementation.gradients_(p, q, TAU, kind, whole, sums), part)
+        assert_same(implementation.gradients_(p, q, TAU, kind, whole, sums), part)
     torch.testing.assert_close(g.double(), grad, rtol=1e-5, atol=1e-5)  # `g` was overwritten through `pieces`
 
 
@@ -205,3 +214,41 @@ def test_dispatch_goes_by_device_and_dtype() -> None:
         scores = torch.empty(1, 1, device=DEVICE, dtype=dtype)
         kernels = DEVICE.type == "cuda" and dtype != torch.float64
         assert score_norm.implementation(scores) is (triton_kernels if kernels else eager)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="rows beyond 2^31 elements take a GPU")
+@every_kind
+def test_rows_beyond_2_to_the_31_elements(kind: str) -> None:
+    n, needed = 36864, 30 * 2**30
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"less than {needed / 2**30:.0f} GiB of the GPU are free")
+    rows = 2**31 // n + 5
+    a = torch.zeros(rows, n, dtype=torch.bfloat16, device=DEVICE)
+    g = torch.zeros_like(a)
+    last, last_g = (x.bfloat16() for x in example(4, n))
+    a[-4:], g[-4:] = last, last_g
+    found, again, grad = both_passes(triton_kernels, a, g, kind)
+    s, exact = expected(last, last_g, kind)
+    for here, there in ((found, s), (again, s), (grad, exact)):
+        assert ((here[-4:].double() - there).abs() <= 2**-8 * there.abs() + 1e-5 * there.abs().max()).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+@every_kind
+def test_a_gpu_that_is_not_the_current_one(kind: str) -> None:
+    a, g = (x.float().to("cuda:1") for x in example(5, 600))
+    s, exact = expected(a, g, kind)
+    with torch.cuda.device(0):
+        found, _, grad = both_passes(triton_kernels, a, g, kind)
+    torch.testing.assert_close(found.double(), s, rtol=1e-5, atol=1e-5 * s.abs().max().item())
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
+def test_launches_are_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: asked.append(tensor) or device_of(tensor))
+    a, g = (x.float() for x in example(2, 8))
+    _, stats = triton_kernels.weights(a, TAU, "softmax")
+    triton_kernels.gradients_(a, g, TAU, "softmax", stats)
+    assert len(asked) == 2 and all(tensor is a for tensor in asked)

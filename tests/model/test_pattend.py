@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tokenformer.kernels.score_norm import KINDS
 from megatron_tokenformer.model.pattend import pattend
@@ -16,6 +19,8 @@ from megatron_tokenformer.parallel.layout import Layout
 from tests.model.test_pattention import reference
 from tests.ranks import run_ranks
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""of the tests of one process; ranks are on the CPU"""
 ROWS, D_IN, D_OUT = (2, 150), 12, (10, 6)
 TOKENS = (24, 40)
 TAUS = (4.5, 6.0)
@@ -26,12 +31,14 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=["kept", "recomputed", "chunked"])
 
 
-def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def example(
+    dtype: torch.dtype = torch.float64, device: torch.device = DEVICE
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """X, keys, values, and the gradients of the outputs of two Pattentions."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).mul(0.5).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).mul(0.5).to(device, dtype)
 
     x = draw(*ROWS, D_IN).requires_grad_()
     keys = [draw(n, D_IN).requires_grad_() for n in TOKENS]
@@ -88,8 +95,9 @@ def test_bf16_is_as_close_as_its_rounding(kind: str, policy: dict[str, Any]) -> 
 
 def test_gradients_of_many_chunks_are_summed_in_fp32() -> None:
     # Each of 512 chunks adds 1 to the gradient of the one value: a bf16 sum would stay at 256.
-    x = torch.ones(512 * 128, 1, dtype=torch.bfloat16)
-    keys, values = (torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    x = torch.ones(512 * 128, 1, dtype=torch.bfloat16, device=DEVICE)
+    one = torch.ones(1, 1, dtype=torch.bfloat16, device=DEVICE)
+    keys, values = (one.clone().requires_grad_() for _ in range(2))
     (y,) = pattend(x, [keys], [values], [1.0], "softmax", recompute_scores=True, chunk_scores=1)
     y.backward(torch.full_like(y, 1 / 128))
     assert values.grad is not None and values.grad.item() == 512.0
@@ -99,7 +107,7 @@ def test_gradients_of_many_chunks_are_summed_in_fp32() -> None:
 def test_rows_of_zeros_and_no_rows(policy: dict[str, Any]) -> None:
     _, keys, values, _ = example(torch.float32)
     for rows in (0, 5):
-        x = torch.zeros(rows, D_IN, requires_grad=True)
+        x = torch.zeros(rows, D_IN, device=DEVICE, requires_grad=True)
         outputs = pattend(x, keys, values, TAUS, "l2_norm_gelu", **policy)
         sum(y.sum() for y in outputs).backward()
         assert all(y.eq(0).all() and y.shape[0] == rows for y in outputs)
@@ -123,7 +131,7 @@ def test_frozen_tokens_get_no_gradient(policy: dict[str, Any]) -> None:
 
 def test_autocast_reaches_the_backward_pass() -> None:
     x, keys, values, grads = example(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         outputs = pattend(x, keys, values, TAUS, "l2_norm_gelu")
     torch.autograd.backward(outputs, [g.to(y.dtype) for g, y in zip(grads, outputs)])
     exact, exact_grads = expected(torch.float32, "l2_norm_gelu")
@@ -159,6 +167,52 @@ def test_keeps_the_scores_once_or_not_at_all(kind: str) -> None:
     assert kept_elements(kind, CHUNKED) == stats
 
 
+def most_elements(policy: dict[str, Any], frozen: bool) -> int:
+    """The most elements at once, in a forward pass that needs no gradient, of what is as wide as scores.
+
+    Keys count too, once they are transposed.
+    """
+    x, keys, values, _ = example()
+    tokens = {len(k) for k in keys}
+    alive: dict[int, tuple[StorageWeakRef, int]] = {}
+    most = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.ndim == 2 and result.shape[1] in tokens:
+                storage = result.untyped_storage()
+                alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes() // 8)
+            now = {key: one for key, one in alive.items() if not one[0].expired()}
+            most = max(most, sum(size for _, size in now.values()))
+            return result
+
+    if frozen:
+        x, keys, values = (x.detach(), [k.detach() for k in keys], [v.detach() for v in values])
+    with contextlib.nullcontext() if frozen else torch.no_grad(), Count():
+        pattend(x, keys, values, TAUS, "l2_norm_gelu", **policy)
+    return most
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
+def test_without_gradients_one_chunk_of_one_projection_is_held_at_a_time(frozen: bool) -> None:
+    keys, at_once = D_IN * sum(TOKENS), 3 * max(TOKENS)  # scores, weights, and the squares of a CPU's sum
+    assert at_once < sum(TOKENS) + 2 * max(TOKENS), "which is what all scores at once would take"
+    for policy in ({}, {"recompute_scores": True}):
+        assert most_elements(policy, frozen) <= keys + at_once * x_rows()
+    assert most_elements({"chunk_scores": 1}, frozen) <= keys + at_once * 128
+
+
+@every_kind
+def test_without_gradients_the_outputs_are_the_same(kind: str) -> None:
+    exact, _ = expected(torch.float64, kind)
+    x, keys, values, _ = example()
+    with torch.no_grad():
+        for here, there in zip(pattend(x, keys, values, TAUS, kind, chunk_scores=1), exact):
+            torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-10)
+
+
 def x_rows() -> int:
     """Rows of the example's X."""
     return ROWS[0] * ROWS[1]
@@ -168,7 +222,7 @@ def split_pass(
     layout: Layout, kind: str, policy: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor], list[tuple[str, tuple[int, ...]]]]:
     """This rank's outputs and gradients, and the collectives it took part in: their names and shapes."""
-    x, keys, values, grads = example()
+    x, keys, values, grads = example(device=layout.device)
     ranks = layout.tensor
     mine = [
         t.detach()[ranks.rows(len(t)).start : ranks.rows(len(t)).stop].requires_grad_()
@@ -199,7 +253,7 @@ def counted(
 def test_split_over_ranks_equals_whole_with_the_same_few_collectives(
     kind: str, policy: dict[str, Any]
 ) -> None:
-    exact, exact_grads = expected(torch.float64, kind)
+    exact, exact_grads = ([t.cpu() for t in found] for found in expected(torch.float64, kind))
     parts = run_ranks(2, split_pass, kind, policy, tensor=2)
     for i, y in enumerate(exact):
         torch.testing.assert_close(sum(p[0][i] for p in parts), y, rtol=1e-10, atol=1e-10)
