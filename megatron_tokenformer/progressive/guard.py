@@ -24,8 +24,8 @@ _PR_SET_PDEATHSIG = 1
 def main(argv: list[str]) -> int:
     """Run a command in a session of its own; return its exit code, 128 + N after signal N.
 
-    A first SIGTERM (the kernel sends it when the machine dies) or SIGINT ends the command with SIGTERM, a
-    second one kills it.
+    A first SIGTERM (the kernel sends it when the machine dies), SIGUSR1 or SIGINT ends the command with
+    SIGTERM, which every launcher passes on to its ranks or leaves to `_end_rest`; a second one kills it.
     """
     machine, *command = argv
     child: subprocess.Popen[bytes] | None = None
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         if child is not None:
             child.terminate() if len(told) == 1 else _signal(_living(child.pid), signal.SIGKILL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, stop)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(machine):  # it died before the line above
