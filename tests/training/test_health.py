@@ -130,11 +130,12 @@ def train_skipping(layout: Layout, config: RunConfig) -> None:
     train(config, layout)
 
 
-def overflow_at_first(layout: Layout, config: RunConfig) -> float:
-    """Train in fp16 from a loss scale that is far too large; return the one it ends with."""
+def overflow_at_first(layout: Layout, config: RunConfig) -> list[float]:
+    """Train in fp16 from a loss scale that is far too large; return what it was after each step."""
     get_accelerator().is_fp16_supported = lambda: True
     inject("loss")
-    step, scales = loop.train_step, []
+    step = loop.train_step
+    scales: list[float] = []
 
     def watched(run: Run, batches: Any) -> Any:
         scaler: Any = run.engine.deepspeed.optimizer.loss_scaler
@@ -154,7 +155,7 @@ def test_the_search_for_the_loss_scale_of_fp16_is_no_setback(tmp_path: Path) -> 
     config = config_of(tmp_path, interval=0, precision="fp16", steps=30, max_skipped_steps=2)
     (scales,) = run_ranks(1, overflow_at_first, config)
     lowered = [after < before for before, after in zip([2.0**40, *scales], scales)]
-    assert 3 < sum(lowered) < 28 and lowered == sorted(lowered, reverse=True), "it fell until it fitted"
+    assert all(lowered[:5]) and sum(lowered) < 27, "it fell until it fitted"
     assert not lowered[27], "a loss that is not finite says nothing of the scale"
     assert [(row["step"], row["event"]) for row in events(config)] == [(28, "loss")]
     manifest = read_manifest(Path(config.run_dir) / "checkpoints/step-00000030")
