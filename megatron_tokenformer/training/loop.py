@@ -16,7 +16,7 @@ from megatron_tokenformer.config.sizes import parameter_count, step_flops, token
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import TO_BE_CONTINUED
 from megatron_tokenformer.model.tau import set_taus
-from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.parallel.layout import Layout, from_main_rank
 from megatron_tokenformer.training.batches import Batch, pipeline_batches
 from megatron_tokenformer.training.metrics import FINISHED, INTERRUPTED
 from megatron_tokenformer.training.phases import StepClock
@@ -24,6 +24,7 @@ from megatron_tokenformer.training.profiling import profiled
 from megatron_tokenformer.training.run import Run, open_run
 from megatron_tokenformer.training.schedule import learning_rate
 from megatron_tokenformer.training.setbacks import settle
+from megatron_tokenformer.training.signals import ignore_requests
 from megatron_tokenformer.training.stragglers import tell_stragglers
 from megatron_tokenformer.training.throughput import throughput
 
@@ -189,9 +190,11 @@ def save(run: Run, last: bool = False) -> None:
 def record_interruption(run: Run, why: str) -> None:
     """Record that the run was asked to leave and has saved; launchers pass exit codes on or do not."""
     run.continuity.write()
-    if run.layout.is_main:
-        record = {"step": run.progress.step, "reason": why, "exit_code": TO_BE_CONTINUED}
-        replace_durably(Path(run.config.run_dir) / INTERRUPTED, json.dumps(record, indent=1) + "\n")
+    record = {"step": run.progress.step, "reason": why, "exit_code": TO_BE_CONTINUED}
+    path = Path(run.config.run_dir) / INTERRUPTED
+    # All wait for it: when the first rank ends, a launcher may end the others.
+    from_main_rank(lambda: replace_durably(path, json.dumps(record, indent=1) + "\n"))
+    ignore_requests()
     run.log.say(f"left at step {run.progress.step} for {why}; the same command goes on from there")
 
 

@@ -72,10 +72,17 @@ def requests_to_leave(max_minutes: float | None) -> Iterator[Requests]:
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is _noted:
+                signal.signal(number, handler)
         written.close()
         listener.join()
         notes.close()
+
+
+def ignore_requests() -> None:
+    """Take no more of them: all is saved, and a launcher that ends the last ranks comes too late."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
