@@ -43,7 +43,7 @@ VICTIMS = ("rank", "launcher", "tree")
 class Attempt:
     """One call of the command, and what can be seen of how far it is."""
 
-    def __init__(self, folder: Path, prefix: str) -> None:
+    def __init__(self, folder: Path, prefix: str, **changes: Any) -> None:
         self.folder, self._log = folder, folder.with_suffix(".log")
         self._before = self._metrics()
         sizes = {
@@ -56,6 +56,7 @@ class Attempt:
             "common.training.micro_batch_size": 4,
             "common.training.log_interval": 1,
             "common.checkpoint.interval": 4,
+            **changes,
         }
         self.process = start(SCHEDULE, [f"{key}={value}" for key, value in sizes.items()], self._log)
 
@@ -141,12 +142,38 @@ def disturb(attempt: Attempt, drawn: random.Random) -> tuple[str, str] | None:
     return None
 
 
-def test_thirty_kills_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prefix = write_tokens(tmp_path, tokens=200_000)
-    undisturbed = Attempt(tmp_path / "undisturbed", prefix)
-    assert undisturbed.end() == 0, undisturbed.said()
-    expected = results(tmp_path / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """The data, and what the schedule comes to if nobody disturbs it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prefix = write_tokens(folder, tokens=200_000)
+    attempt = Attempt(folder / "run", prefix)
+    assert attempt.end() == 0, attempt.said()
+    return prefix, results(folder / "run")
 
+
+def test_a_schedule_that_is_asked_to_leave_ends_as_one_that_was_not(
+    undisturbed: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    prefix, expected = undisturbed
+    asked = Attempt(tmp_path / "run", prefix, **{"common.training.max_minutes": 0.001})
+    assert asked.end() == 85, asked.said()
+    assert "error: stage 'tokens-32' (train) left at step 1 for training.max_minutes" in asked.said()
+    asked = Attempt(tmp_path / "run", prefix)
+    assert asked.wait_until(lambda: asked.has("step"))
+    asked.process.terminate()
+    assert asked.end() == 85, asked.said()
+    stages = json.loads((tmp_path / "run/journal.json").read_text())["stages"]
+    assert stages["tokens-32"]["train"]["status"] == "interrupted"
+    again = Attempt(tmp_path / "run", prefix)
+    assert again.end() == 0, again.said()
+    assert results(tmp_path / "run") == expected
+
+
+def test_thirty_kills_change_nothing(
+    undisturbed: tuple[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix, expected = undisturbed
     drawn = random.Random(SEED)
     kills: Counter[tuple[str, str]] = Counter()
     codes: Counter[int] = Counter()

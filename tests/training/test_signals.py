@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint, first_good
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training import loop, pretrain
+from megatron_tokenformer.training import loop
 from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 
-LAYOUTS: dict[str, dict[str, Any]] = {"tensor 2": {"tensor": 2}, "pipeline 2": {"pipeline": 2}, "data 2": {}}
+LAYOUTS: dict[str, dict[str, Any]] = {"tensor 2": {"tensor": 2}, "pipeline 2": {"pipeline": 2}, "1": {}}
 
 
-def config_of(folder: Path, name: str, layout: str = "data 2", **training: Any) -> RunConfig:
+def config_of(folder: Path, name: str, layout: str = "1", **training: Any) -> RunConfig:
     sizes = {"micro_batch_size": 2, "steps": 6, "eval_interval": 4, **training}
     config = toy_config(folder, parallel=LAYOUTS[layout], training=sizes, checkpoint={"interval": 2})
     return config.model_copy(update={"run_dir": str(folder / name)})
@@ -45,8 +44,8 @@ def after_step(step: int, act: Any) -> None:
     loop.train_step = watched
 
 
-def train_asked(layout: Layout, config: RunConfig, number: int) -> tuple[int, dict[str, Any]]:
-    """Train by the command's own main; rank 1 alone gets a signal when step 3 is done."""
+def train_asked(layout: Layout, config: RunConfig, number: int) -> tuple[str | None, dict[str, Any]]:
+    """Train; rank 1 alone gets a signal when step 3 is done."""
     if layout.rank == 1:
         after_step(3, lambda: os.kill(os.getpid(), number))
     left = loop.train(config, layout)
@@ -60,7 +59,7 @@ def numbers(run_dir: str) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(
     "layout, number",
-    [("tensor 2", signal.SIGTERM), ("pipeline 2", signal.SIGUSR1), ("data 2", signal.SIGTERM)],
+    [("tensor 2", signal.SIGTERM), ("pipeline 2", signal.SIGUSR1)],
 )
 def test_one_rank_is_asked_and_all_save_and_leave(
     tmp_path: Path, layout: str, number: signal.Signals
@@ -78,21 +77,11 @@ def test_one_rank_is_asked_and_all_save_and_leave(
     assert [s.hash for s in ends[0].shards] == [s.hash for s in ends[1].shards]
 
 
-def leave_at_once(layout: Layout, path: str, *overrides: str) -> int:
-    return pretrain.main(["--config", path, *overrides])
-
-
-def test_the_end_of_its_time_is_a_request_too_and_the_command_ends_with_85(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(config_of(tmp_path, "run").model_dump(mode="json")))
-    done = subprocess.run(
-        [sys.executable, "-m", pretrain.__name__, "--config", str(path), "training.max_minutes=1e-6"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 85, done.stderr
-    assert "left at step 1 for training.max_minutes; the same command goes on from there" in done.stdout
-    assert "error" not in done.stderr
+def test_the_end_of_its_time_is_a_request_too(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "run", max_minutes=1e-6)
+    run_ranks(1, train_toy, config)
+    record = json.loads((tmp_path / "run/interrupted.json").read_text())
+    assert (record["step"], record["reason"]) == (1, "training.max_minutes")
     assert find_checkpoint(tmp_path / "run").name == "step-00000001"
 
 
