@@ -11,6 +11,12 @@ from typing import NoReturn
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+TO_BE_CONTINUED = 85
+"""exit code of a run that was asked to leave, and saved: the same command goes on"""
+STUCK = 86
+"""exit code of a run whose step took too long"""
+
+
 class UserError(Exception):
     """A mistake of the user's, told in words without a traceback.
 

@@ -94,6 +94,12 @@ class Manifest:
     """what made the data; None if no description told"""
     source_tokens: dict[str, Count] = field(default_factory=dict)
     """ids in each training source, by prefix"""
+    recent_losses: list[float] = field(default_factory=list)
+    """of the last steps; what a spike is measured by"""
+    setbacks: dict[str, Count] = field(default_factory=dict)
+    """counts of this run: steps skipped, skipped in a row, and rollbacks"""
+    owes_evaluation: bool = False
+    """whether the run left when one was due"""
     version: int = FORMAT_VERSION
 
     def locate(self, wanted: Interval) -> list[tuple[Shard, Interval]]:

@@ -182,6 +182,9 @@ def new_manifest(
         states=plan.states,
         shards=shards,
         history=[*old.history, entry],
+        recent_losses=[],
+        setbacks={},
+        owes_evaluation=False,
     )
 
 

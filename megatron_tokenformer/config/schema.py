@@ -220,6 +220,29 @@ class Training(Section):
     eval_steps: StepsOrZero = 10
     """global batches of one evaluation; 0 never evaluates"""
     log_interval: Steps = 10
+    max_minutes: float | None = Field(None, gt=0.0)
+    """so long after its start a call saves and leaves with exit code 85, as after SIGTERM or SIGUSR1; give
+    less than the job's time limit, by a step and a save; null: never"""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """a step whose loss or gradient is not finite never changes the weights: go on with the next batch, or
+    end the run"""
+    max_skipped_steps: Steps = 10
+    """so many steps in a row that changed nothing end the run"""
+    on_spike: Literal["log", "skip", "rollback"] = "log"
+    """a loss above spike_factor times the running median: say so; leave the batch out; or go back to the
+    newest checkpoint and leave out all data from there to the end of the batch"""
+    spike_factor: float = Field(1.5, gt=1.0)
+    spike_window: int = Field(32, ge=4, le=10_000)
+    """steps that the median is of; before half of them are done nothing is a spike"""
+    max_rollbacks: StepsOrZero = 3
+    """of a run; the next spike ends it"""
+    step_timeout_minutes: float = Field(20.0, ge=0.0)
+    """a step that takes longer ends the run with exit code 86 and the stacks of all ranks; 0: never.  Less
+    than parallel.timeout_minutes, which tells no stacks"""
+    slow_timeout_minutes: float = Field(60.0, ge=0.0)
+    """the same for the first step of a call, an evaluation and a save"""
+    straggler_factor: float = Field(2.0, gt=1.0)
+    """a rank whose own work takes so many times the median of its peers' is named when a step is logged"""
 
 
 class Checkpoint(Section):

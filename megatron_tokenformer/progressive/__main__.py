@@ -1,6 +1,7 @@
 """Train a schedule of growing models: each stage grown from the last one's result, then trained on.
 
-Killed anywhere, the same call goes on where it was: RUN_DIR/journal.json says what is done.
+Killed anywhere, the same call goes on where it was: RUN_DIR/journal.json says what is done.  Exit code 85: it
+was asked to leave (by SIGTERM, SIGUSR1 or a stage's training.max_minutes), all is saved, call it again.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
 from megatron_tokenformer.progressive.launchers import Command
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TICK_SECONDS = 10.0
 GUARD = "megatron_tokenformer.progressive.guard"
 
@@ -25,14 +25,15 @@ class Interrupted(Exception):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        # Ctrl-C ends things as in a shell; a scheduler that asks to leave is told to start the call again.
+        self.exit_code = 128 + number if number == signal.SIGINT else TO_BE_CONTINUED
 
 
 def execute(command: Command, inherited: int, tick: Callable[[float], None]) -> int:
     """Run a command to its end and return its exit code.
 
-    A first SIGINT or SIGTERM to this process ends the command with SIGTERM, a second one kills it.  The
-    command has a session of its own, so that Ctrl-C does not reach it twice.
+    A first SIGINT, SIGTERM or SIGUSR1 to this process ends the command with SIGTERM, a second one kills it.
+    The command has a session of its own, so that Ctrl-C does not reach it twice.
 
     Args:
         inherited: a file descriptor that stays open until all that the command started has ended.

@@ -13,19 +13,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
 LINGER_SECONDS = 60.0
 """how long ranks may take to save and end when they are told to"""
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main(argv: list[str]) -> int:
     """Run a command in a session of its own; return its exit code, 128 + N after signal N.
 
-    A first SIGTERM (the kernel sends it when the machine dies) or SIGINT ends the command with SIGTERM, a
-    second one kills it.
+    A first SIGTERM (the kernel sends it when the machine dies), SIGUSR1 or SIGINT ends the command with
+    SIGTERM, which every launcher passes on to its ranks or leaves to `_end_rest`; a second one kills it.
     """
     machine, *command = argv
     child: subprocess.Popen[bytes] | None = None
@@ -34,44 +35,50 @@ def main(argv: list[str]) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         told.append(number)
         if child is not None:
-            child.terminate() if len(told) == 1 else _signal(_living(child.pid), signal.SIGKILL)
+            child.terminate() if len(told) == 1 else _signal(_living(), signal.SIGKILL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, stop)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    kernel = ctypes.CDLL(None)
+    # Who loses its launcher becomes a child of ours; torchrun gives each rank a session of its own.
+    kernel.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    kernel.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(machine):  # it died before the line above
         return 1
     child = subprocess.Popen(command, start_new_session=True)
     if told:
         child.terminate()
     code = child.wait()
-    _end_rest(child.pid)
+    _end_rest()
     return code if code >= 0 else 128 - code
 
 
-def _end_rest(session: int) -> None:
+def _end_rest() -> None:
     """End what a launcher left: `deepspeed` passes no SIGTERM on, and any launcher can be killed."""
     deadline = time.monotonic() + LINGER_SECONDS
-    left = _living(session)
-    # Only those without a parent among them: a parent tells its children itself, and once is enough.
-    _signal({process: parent for process, parent in left.items() if parent not in left}, signal.SIGTERM)
-    while _living(session) and time.monotonic() < deadline:
+    # Only our own children: they tell theirs themselves, and once is enough.
+    _signal([process for process, parent in _living().items() if parent == os.getpid()], signal.SIGTERM)
+    while _living() and time.monotonic() < deadline:
         time.sleep(0.1)
-    _signal(_living(session), signal.SIGKILL)
+    _signal(_living(), signal.SIGKILL)
 
 
-def _living(session: int) -> dict[int, int]:
-    """The processes of a session that have not ended, and their parents."""
-    found = {}
+def _living() -> dict[int, int]:
+    """The processes below this one that have not ended, and their parents."""
+    parents = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, parent, _, its_session = entry.read_text().rpartition(")")[2].split()[:4]
-            if int(its_session) == session and state not in "ZX":
-                found[int(entry.parent.name)] = int(parent)
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                parents[int(entry.parent.name)] = int(parent)
+    below, found = {os.getpid()}, {}
+    while new := {process: parent for process, parent in parents.items() if parent in below}:
+        found |= new
+        below = set(new)
     return found
 
 
-def _signal(processes: dict[int, int], number: int) -> None:
+def _signal(processes: Iterable[int], number: int) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
-from megatron_tokenformer.training.metrics import FINISHED
+from megatron_tokenformer.training.metrics import FINISHED, INTERRUPTED
 
 # Changing these changes how a stage is trained, not what comes out of it.
 FREE_SETTINGS = (
@@ -28,6 +28,14 @@ FREE_SETTINGS = (
     "training.recompute",
     "training.eval_interval",
     "training.log_interval",
+    "training.max_minutes",
+    "training.max_rollbacks",
+    "training.max_skipped_steps",
+    "training.on_",
+    "training.slow_timeout_minutes",
+    "training.spike_",
+    "training.step_timeout_minutes",
+    "training.straggler_factor",
 )
 
 
@@ -47,11 +55,26 @@ def grow_settings(stage: Stage) -> dict[str, Any]:
 
 def finished_record(folder: Path, steps: int) -> dict[str, Any] | None:
     """What a run wrote when it had all its steps; None if it has not."""
+    record = _read(folder / FINISHED)
+    return record if record.get("step") == steps else None
+
+
+def interruption_record(folder: Path) -> dict[str, Any] | None:
+    """What a run wrote when it was asked to leave and had saved; None if it was not, or is at work again."""
+    return _read(folder / INTERRUPTED) or None
+
+
+def forget_interruption(folder: Path) -> None:
+    """So that a record that is there after the next start is of that start."""
+    (folder / INTERRUPTED).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.get("step") == steps else None
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def reconcile(plan: Plan, journal: Journal) -> None:

@@ -11,14 +11,16 @@ from typing import Any
 from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.load import dump_config
 from megatron_tokenformer.durable import replace_durably
-from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
 from megatron_tokenformer.progressive.execute import Interrupted, execute
 from megatron_tokenformer.progressive.journal import Journal, Step
 from megatron_tokenformer.progressive.launchers import Command, Launcher
 from megatron_tokenformer.progressive.plan import Plan, Stage
 from megatron_tokenformer.progressive.reconcile import (
     finished_record,
+    forget_interruption,
     grow_settings,
+    interruption_record,
     reconcile,
     train_settings,
 )
@@ -99,8 +101,14 @@ def _grow(machine: Machine, stage: Stage) -> None:
 
 def _train(machine: Machine, stage: Stage) -> None:
     command = machine.launcher(stage, machine.plan.launch)
+    forget_interruption(stage.folder)
     code = _perform(machine, stage, "train", train_settings(stage), command)
     record = _await_record(stage, command.settle_seconds if code == 0 else 0.0)
+    if record is None and (left := _left(stage, code)):
+        machine.journal.end(stage.name, "train", "interrupted")
+        raise UserError(
+            f"stage '{stage.name}' (train) {left}; the same call goes on from there", TO_BE_CONTINUED
+        )
     if record is None:
         machine.journal.end(stage.name, "train", "failed")
         why = (
@@ -110,6 +118,14 @@ def _train(machine: Machine, stage: Stage) -> None:
         )
         raise _failure(stage, "train", command, why)
     machine.journal.end(stage.name, "train", "done", {**record, "layout": stage.layout})
+
+
+def _left(stage: Stage, code: int) -> str | None:
+    """How a run left that was asked to.  torchrun makes 1 of every exit code: the record tells."""
+    record = interruption_record(stage.folder)
+    if record is not None:
+        return f"left at step {record.get('step')} for {record.get('reason')}"
+    return "left as it was asked to" if code == TO_BE_CONTINUED else None
 
 
 def _await_record(stage: Stage, patience: float) -> dict[str, Any] | None:
@@ -130,7 +146,7 @@ def _perform(machine: Machine, stage: Stage, step: Step, settings: dict[str, Any
         journal.end(stage.name, step, "interrupted")
         raise UserError(
             f"{interruption} in stage '{stage.name}' ({step}); the same call goes on from there",
-            exit_code=128 + interruption.number,
+            exit_code=interruption.exit_code,
         ) from None
     except UserError:
         journal.end(stage.name, step, "failed")

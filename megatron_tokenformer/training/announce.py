@@ -16,7 +16,7 @@ from megatron_tokenformer.config.stages import describe_pipeline
 from megatron_tokenformer.data.batches import SourceInfo
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.metrics import FINISHED
+from megatron_tokenformer.training.metrics import FINISHED, INTERRUPTED
 from megatron_tokenformer.training.throughput import peak_flops
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
     if not run.layout.is_main:
         return
     config, progress = run.config, run.progress
-    (Path(config.run_dir) / FINISHED).unlink(missing_ok=True)
+    for record in (FINISHED, INTERRUPTED):
+        (Path(config.run_dir) / record).unlink(missing_ok=True)
     replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
     tokens = config.model.tokens
     dense = config.model.architecture == "transformer"

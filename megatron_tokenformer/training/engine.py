@@ -24,6 +24,7 @@ from megatron_tokenformer.model.language_model import canonical_parameters, full
 from megatron_tokenformer.model.pipeline import PipelineLayer, language_model_loss, pipeline_layers
 from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
 from megatron_tokenformer.quiet import quiet_start
+from megatron_tokenformer.training.micro_losses import MicroBatchLosses
 from megatron_tokenformer.training.optimizer import build_adamw
 from megatron_tokenformer.training.stages import StagedPipeline
 
@@ -36,6 +37,8 @@ class Engine:
 
     deepspeed: PipelineEngine
     precision: Precision
+    losses: MicroBatchLosses
+    """of the last step's micro-batches, on the last stage"""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -53,13 +56,14 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
     precision = device_precision(config, layout)
     if config.training.compile:
         check_can_compile(layout.device)
+    losses = MicroBatchLosses(language_model_loss, accumulation)
     with quiet_start():
         # Without gradients: it broadcasts tied weights, which autograd would take for part of the model.
         with torch.no_grad():
             module = StagedPipeline(
                 layers=pipeline_layers(config.model, layout.tensor, config.training.recompute == "scores"),
                 topology=layout.topology,
-                loss_fn=language_model_loss,
+                loss_fn=losses,
                 partition_method=stage_bounds(config),
                 activation_checkpoint_interval=1 if config.training.recompute == "layer" else 0,
                 checkpointable_layers=["PipelineLayer"],
@@ -76,7 +80,7 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
             dist_init_required=False,
         )
     limit_grid_timeouts(engine.grid, layout.timeout)
-    return Engine(engine, precision)
+    return Engine(engine, precision, losses)
 
 
 def check_can_compile(device: torch.device) -> None:

@@ -14,65 +14,92 @@ from megatron_tokenformer.checkpoint.saving import all_or_none
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count, step_flops, tokens_per_step
 from megatron_tokenformer.durable import replace_durably
+from megatron_tokenformer.errors import TO_BE_CONTINUED
 from megatron_tokenformer.model.tau import set_taus
-from megatron_tokenformer.parallel.layout import Layout
+from megatron_tokenformer.parallel.layout import Layout, from_main_rank
 from megatron_tokenformer.training.batches import Batch, pipeline_batches
-from megatron_tokenformer.training.metrics import FINISHED
+from megatron_tokenformer.training.metrics import FINISHED, INTERRUPTED
 from megatron_tokenformer.training.phases import StepClock
 from megatron_tokenformer.training.profiling import profiled
-from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.run import Run, open_run
 from megatron_tokenformer.training.schedule import learning_rate
+from megatron_tokenformer.training.setbacks import settle
+from megatron_tokenformer.training.signals import ignore_requests
+from megatron_tokenformer.training.stragglers import tell_stragglers
 from megatron_tokenformer.training.throughput import throughput
 
 
-def train(config: RunConfig, layout: Layout, profile_steps: int = 0) -> Progress:
+def train(config: RunConfig, layout: Layout, profile_steps: int = 0) -> str | None:
     """Run until `training.steps`, from the run's own newest checkpoint, or `checkpoint.load`, or the start.
 
     Args:
         profile_steps: so many steps are traced into RUN/profile.
 
+    Returns:
+        Why it left before its end, all being saved, on every rank; None if it has all its steps.
+
     Raises:
-        UserError: data, checkpoint and configuration do not fit together, or a save failed.
+        UserError: data, checkpoint and configuration do not fit together, a save failed, or numbers went
+            wrong too often.
     """
     with open_run(config, layout) as run:
         folder = Path(config.run_dir) / "profile"
         with profiled(profile_steps, folder, layout, run.log.say) as after_step:
-            train_steps(run, after_step)
-        finish(run)
-    return run.progress
+            left = train_steps(run, after_step)
+        if left is None:
+            finish(run)
+        else:
+            record_interruption(run, left)
+    return left
 
 
-def train_steps(run: Run, after_step: Callable[[], bool] = lambda: False) -> None:
-    """Step, log, evaluate and save until the run has its steps.
+def train_steps(run: Run, after_step: Callable[[], bool] = lambda: False) -> str | None:
+    """Step, log, evaluate and save until the run has its steps, or all ranks are to leave; why they are.
 
     Args:
         after_step: called after every step; says whether a profiler slowed it.
     """
     training, progress, profiled = run.config.training, run.progress, False
-    if progress.step == 0:
+    if progress.step == 0 or progress.owes_evaluation:
         evaluate(run)
     clock = StepClock(progress.step, run.layout.device)
     clock.watch(run.engine)
-    batches = clock.waiting(
-        pipeline_batches(
-            run.training_data, progress.position, run.config, run.layout, run.accumulation, run.eod_id
-        )
-    )
+    batches = open_batches(run, clock)
+    minutes = training.slow_timeout_minutes
     while progress.step < training.steps:
-        loss = train_step(run, batches)
+        with run.watchdog.limit(f"step {progress.step + 1}", minutes):
+            loss = train_step(run, batches)
+        minutes = training.step_timeout_minutes
         profiled |= after_step()
+        if settle(run):  # it went back to a checkpoint
+            save(run)
+            batches = open_batches(run, clock)
+            continue
         run.continuity.stepped(progress.step, progress.position, loss)
         if progress.step % training.log_interval == 0 or progress.step == training.steps:
-            progress.loss = loss.item()
-            log_step(run, clock.take(progress.step), profiled)
+            log_step(run, loss.item(), clock.take(progress.step), profiled)
             profiled = False
+        leave = run.gate.leave if progress.step < training.steps else None
         if due(training.eval_interval, progress.step, training.steps):
-            evaluate(run)
+            # It is made up for when the run goes on: who asked to leave may not wait for long.
+            progress.owes_evaluation = leave is not None
+            if leave is None:
+                evaluate(run)
+                clock.restart(progress.step)
+        if leave or due(run.config.checkpoint.interval, progress.step, training.steps):
+            save(run, last=leave is not None)
             clock.restart(progress.step)
-        if due(run.config.checkpoint.interval, progress.step, training.steps):
-            save(run)
-            clock.restart(progress.step)
+        if leave:
+            return leave
+    return None
+
+
+def open_batches(run: Run, clock: StepClock) -> Iterator[Batch]:
+    """The micro-batches from where the run is on."""
+    clock.restart(run.progress.step)
+    position = run.progress.position
+    data = (run.training_data, position, run.config, run.layout, run.accumulation, run.eod_id)
+    return clock.waiting(pipeline_batches(*data))
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> torch.Tensor:
@@ -81,7 +108,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> torch.Tensor:
     for group in run.engine.optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, progress.step, config.training.steps)
     set_taus(run.engine.deepspeed.module, progress.taus, progress.step)
-    # 1F1B over the micro-batches; gradients summed over tied stages and data ranks; clip; AdamW; all-gather.
+    # 1F1B over the micro-batches; gradients summed over tied stages and data ranks; the gate, which agrees
+    # with all ranks whether the weights may change (health.py); clip; AdamW; all-gather.
     loss: torch.Tensor = run.engine.deepspeed.train_batch(batches)
     progress.step += 1
     progress.position += config.training.global_batch_size
@@ -99,12 +127,14 @@ def due(interval: int, step: int, steps: int) -> bool:
 def evaluate(run: Run) -> None:
     """Measure the validation loss over the first `eval_steps` global batches of the validation data."""
     training, progress = run.config.training, run.progress
+    progress.owes_evaluation = False
     if run.validation_data is None or training.eval_steps == 0:
         return
     set_taus(run.engine.deepspeed.module, progress.taus, progress.step)
     micro_batches = training.eval_steps * run.accumulation
     batches = pipeline_batches(run.validation_data, 0, run.config, run.layout, micro_batches, run.eod_id)
-    loss = run.engine.deepspeed.eval_batch(batches, num_micro_batches=micro_batches)
+    with run.watchdog.limit("the evaluation", training.slow_timeout_minutes):
+        loss = run.engine.deepspeed.eval_batch(batches, num_micro_batches=micro_batches)
     progress.val_loss = loss.item()
     last = progress.history[-1] if progress.history else {}
     before = last.get("val_loss")
@@ -124,7 +154,7 @@ def evaluate(run: Run) -> None:
     run.log.evaluation(row)
 
 
-def log_step(run: Run, times: dict[str, float], profiled: bool) -> None:
+def log_step(run: Run, loss: float, times: dict[str, float], profiled: bool) -> None:
     """Log the last step.
 
     Args:
@@ -132,33 +162,51 @@ def log_step(run: Run, times: dict[str, float], profiled: bool) -> None:
         profiled: a profiler slowed some of these.
     """
     config, progress = run.config, run.progress
+    if math.isfinite(loss):
+        progress.loss = loss
     row = {
         "step": progress.step,
         "tokens": progress.tokens,
-        "loss": progress.loss,
+        "loss": loss,
         "lr": learning_rate(config.optimizer, progress.step - 1, config.training.steps),
         "grad_norm": run.engine.grad_norm,
-        "skipped_steps": run.engine.deepspeed.skipped_steps,
+        "skipped_steps": progress.skipped,
         "flops": progress.flops,
         "profiled": profiled,
         **times,
         **throughput(config, run.layout, run.engine.precision, run.accumulation, times["step_time_s"]),
     }
-    run.log.training(row)
+    run.log.training(row | tell_stragglers(run, times))
 
 
-def save(run: Run) -> None:
+def save(run: Run, last: bool = False) -> None:
     """Begin to write a checkpoint of this moment, and delete those that are no longer kept.
+
+    Args:
+        last: the run ends with it, so it is waited for and must not fail; that of the last step is.
 
     Raises:
         UserError: a rank's data are no longer those that its position is in, or saves fail (see `Saver`).
     """
-    all_or_none(run.progress.step, run.training_data.check_unchanged)
-    zero, module = run.engine.deepspeed.optimizer, run.engine.deepspeed.module
-    manifest = engine_state.with_optimizer(run.progress.manifest(run.config, run.layout), zero)
-    held = engine_state.fragments(module, zero, run.layout)
-    run.continuity.saved(run.progress.step)
-    run.saver.start(manifest, held, last=run.progress.step == run.config.training.steps)
+    last = last or run.progress.step == run.config.training.steps
+    with run.watchdog.limit("a checkpoint", run.config.training.slow_timeout_minutes):
+        all_or_none(run.progress.step, run.training_data.check_unchanged)
+        zero, module = run.engine.deepspeed.optimizer, run.engine.deepspeed.module
+        manifest = engine_state.with_optimizer(run.progress.manifest(run.config, run.layout), zero)
+        held = engine_state.fragments(module, zero, run.layout)
+        run.continuity.saved(run.progress.step)
+        run.saver.start(manifest, held, last=last)
+
+
+def record_interruption(run: Run, why: str) -> None:
+    """Record that the run was asked to leave and has saved; launchers pass exit codes on or do not."""
+    run.continuity.write()
+    record = {"step": run.progress.step, "reason": why, "exit_code": TO_BE_CONTINUED}
+    path = Path(run.config.run_dir) / INTERRUPTED
+    # All wait for it: when the first rank ends, a launcher may end the others.
+    from_main_rank(lambda: replace_durably(path, json.dumps(record, indent=1) + "\n"))
+    ignore_requests()
+    run.log.say(f"left at step {run.progress.step} for {why}; the same command goes on from there")
 
 
 def finish(run: Run) -> None:

@@ -19,6 +19,8 @@ from megatron_tokenformer.training.phases import shares
 METRICS = "metrics.jsonl"
 FINISHED = "finished.json"
 """the record of a run that has all its steps; launchers' exit codes do not prove it"""
+INTERRUPTED = "interrupted.json"
+"""the record of a run that was asked to leave, and saved; it stays until the run is started again"""
 
 
 class Sink(Protocol):
@@ -44,8 +46,9 @@ class MetricsLog:
             return
         folder = Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        drop_rows_after(folder / METRICS, step)
-        self._file = open(folder / METRICS, "a", encoding="utf-8")
+        self._path = folder / METRICS
+        drop_rows_after(self._path, step)
+        self._file = open(self._path, "a", encoding="utf-8")
         self._bar = tqdm(total=self.steps, initial=max(step, 0), unit="step", disable=None, leave=False)
         if config.logging.wandb.mode != "disabled":
             self._sinks.append(_WandbSink(config))
@@ -95,6 +98,25 @@ class MetricsLog:
             f"validation loss {row['val_loss']:.6f}  perplexity {row['val_ppl']:.3f}"
         )
         self._write(row)
+
+    def event(self, row: dict[str, Any], told: str) -> None:
+        """Something besides the numbers of a step: `row` has a `step` and the name of the `event`.
+
+        It goes into the file alone: the other sinks draw numbers.
+        """
+        self.say(f"warning: {told}")
+        if self.is_main:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to this step: drop the rows after it."""
+        if self.is_main:
+            self._file.close()
+            drop_rows_after(self._path, step)
+            self._file = open(self._path, "a", encoding="utf-8")
+            self._bar.n = step
+            self._bar.refresh()
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.is_main:

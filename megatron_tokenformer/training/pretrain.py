@@ -6,13 +6,17 @@ import argparse
 
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
-from megatron_tokenformer.errors import UserError, in_words, run_cli
+from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError, in_words, run_cli
 from megatron_tokenformer.parallel.environment import find_processes, set_device_variables, tell
 from megatron_tokenformer.quiet import quiet_imports
 
 EPILOG = """\
 A run goes on from its own newest checkpoint in RUN_DIR/checkpoints; a new run starts from checkpoint.load if
 that is given (a checkpoint, or a folder of them).  On a GPU it uses bf16 and nccl, without one fp32 and gloo.
+
+SIGTERM, SIGUSR1 and the end of training.max_minutes make all ranks save and leave within a step; a second
+signal ends them at once.  Exit codes: 0 done, 1 a failure of the run, 2 wrong usage or config, 85 left as
+asked (the same command goes on), 86 a step took longer than training.step_timeout_minutes.
 
 examples:
   python -m megatron_tokenformer.training.pretrain --config configs/tokenformer-124m.yaml
@@ -43,14 +47,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.profile < 0:
             raise UserError(f"--profile {arguments.profile} is no number of steps")
-        pretrain(load_config(arguments.config, arguments.overrides), arguments.profile)
+        left = pretrain(load_config(arguments.config, arguments.overrides), arguments.profile)
     except Exception as error:
         return tell(in_words(error))
-    return 0
+    return 0 if left is None else TO_BE_CONTINUED
 
 
-def pretrain(config: RunConfig, profile_steps: int = 0) -> None:
-    """Train in this process as one of the run's; trace so many of its steps."""
+def pretrain(config: RunConfig, profile_steps: int = 0) -> str | None:
+    """Train in this process as one of the run's; trace so many of its steps.
+
+    Returns:
+        Why the run left before its end; None if it did not.
+    """
     processes = find_processes()
     check_world(config, processes.world_size)
     set_device_variables(config.parallel)
@@ -59,8 +67,9 @@ def pretrain(config: RunConfig, profile_steps: int = 0) -> None:
         from megatron_tokenformer.parallel import layout
         from megatron_tokenformer.training.loop import train
 
-    train(config, layout.start(config.parallel, processes), profile_steps)
+    left = train(config, layout.start(config.parallel, processes), profile_steps)
     layout.stop()  # not after a failure: it would wait for ranks that still wait for this one
+    return left
 
 
 if __name__ == "__main__":

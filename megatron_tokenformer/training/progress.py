@@ -12,6 +12,8 @@ from megatron_tokenformer.model.language_model import full_shapes
 from megatron_tokenformer.model.tau import Taus, initial_taus, taus_from_json, taus_to_json
 from megatron_tokenformer.parallel.layout import Layout
 
+SETBACKS = ("skipped", "skipped_in_a_row", "rollbacks")
+
 
 @dataclass
 class Progress:
@@ -33,6 +35,14 @@ class Progress:
     """what made the data that was seen, as far as a description ever told"""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """ids in each training source, by prefix"""
+    recent_losses: list[float] = field(default_factory=list)
+    """of the last steps, the oldest first; what a spike is measured by"""
+    skipped: int = 0
+    """steps of this run that changed no weight"""
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    owes_evaluation: bool = False
+    """whether the run left when one was due"""
 
     @classmethod
     def fresh(cls, config: RunConfig) -> Progress:
@@ -53,7 +63,15 @@ class Progress:
             history=list(manifest.history),
             tokenizer=manifest.tokenizer,
             source_tokens=dict(manifest.source_tokens),
+            recent_losses=list(manifest.recent_losses),
+            owes_evaluation=manifest.owes_evaluation,
+            **{name: manifest.setbacks.get(name, 0) for name in SETBACKS},
         )
+
+    def go_back(self, manifest: Manifest) -> None:
+        """To where a checkpoint of this run was."""
+        for key, value in vars(Progress.from_manifest(manifest)).items():
+            setattr(self, key, value)
 
     def manifest(self, config: RunConfig, layout: Layout) -> Manifest:
         """A manifest of this moment, without shards."""
@@ -78,4 +96,7 @@ class Progress:
             history=self.history,
             tokenizer=self.tokenizer,
             source_tokens=self.source_tokens,
+            recent_losses=list(self.recent_losses),
+            setbacks={name: getattr(self, name) for name in SETBACKS},
+            owes_evaluation=self.owes_evaluation,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,13 @@ from megatron_tokenformer.parallel.layout import Layout, from_main_rank, on_all_
 from megatron_tokenformer.training.announce import announce
 from megatron_tokenformer.training.continuity import Continuity
 from megatron_tokenformer.training.engine import Engine, build_engine
+from megatron_tokenformer.training.health import Gate
 from megatron_tokenformer.training.metrics import MetricsLog
 from megatron_tokenformer.training.old_tokens import slow_old_tokens, slowed_rows
 from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.run_lock import only_run
+from megatron_tokenformer.training.signals import requests_to_leave
+from megatron_tokenformer.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class Run:
     log: MetricsLog
     saver: Saver
     continuity: Continuity
+    gate: Gate
+    watchdog: Watchdog
+    hosts: list[str]
+    """of all ranks"""
 
     @property
     def folder(self) -> Path:
@@ -69,10 +77,12 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
         UserError: data, checkpoint and configuration do not fit together.
     """
     accumulation = check_world(config, layout.processes.world_size)
+    hosts = on_all_ranks(socket.gethostname)
     training_data, validation_data = _open_data_everywhere(config)
     tokenizer = common_tokenizer(training_data, validation_data)
     eod_id = from_main_rank(lambda: find_eod_id(config))
     with contextlib.ExitStack() as held:
+        requests = held.enter_context(requests_to_leave(config.training.max_minutes))
         from_main_rank(lambda: held.enter_context(only_run(Path(config.run_dir))))
         # One rank decides for all: on a network file system each may see another newest checkpoint.
         # And it alone clears away what dead saves left, before it looks.
@@ -90,13 +100,16 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
             slow_old_tokens(*parts, slowed, config.optimizer.old_token_lr_scale)
         folder, loaded = checkpoint_folder(config), restored[0] if restored else None
         continuity = Continuity(config, layout, folder, engine.precision, loaded, progress.position)
+        gate = Gate(config, layout, engine, progress, requests)
         # At step 0 the first thing that a run does is to measure and log it again.
         with (
             MetricsLog(config, progress.step or -1, layout.is_main) as log,
             Saver(folder, config.checkpoint, layout, log.say) as saver,
+            Watchdog(layout.rank) as watchdog,
         ):
             data = (training_data, validation_data, eod_id)
-            run = Run(config, layout, engine, accumulation, *data, progress, log, saver, continuity)
+            guards = (continuity, gate, watchdog, hosts)
+            run = Run(config, layout, engine, accumulation, *data, progress, log, saver, *guards)
             announce(run, restored)
             yield run
 

@@ -41,18 +41,20 @@ def test_exit_codes_pass_through() -> None:
 
 
 @pytest.mark.parametrize("ends", ["the guard is told", "the launcher is killed"])
-def test_a_rank_does_not_outlive_its_launcher(tmp_path: Path, ends: str) -> None:
-    # Like `deepspeed`, this launcher dies of SIGTERM and tells nobody.
+@pytest.mark.parametrize("rank", ["sleep 60", "exec setsid sleep 60"])
+def test_a_rank_does_not_outlive_its_launcher(tmp_path: Path, ends: str, rank: str) -> None:
+    # Like `deepspeed`, this launcher dies of SIGTERM and tells nobody; torchrun's ranks have own sessions.
     rank_file, launcher_file = tmp_path / "rank", tmp_path / "launcher"
-    script = f"sleep 60 & echo $! > {rank_file}; echo $$ > {launcher_file}; wait"
+    script = f"({rank}) & echo $! > {rank_file}; echo $$ > {launcher_file}; wait"
     guard = subprocess.Popen([*GUARD, str(os.getpid()), "bash", "-c", script])
-    rank, launcher = read_pid(rank_file), read_pid(launcher_file)
+    process, launcher = read_pid(rank_file), read_pid(launcher_file)
+    time.sleep(0.2)  # for setsid
     if ends == "the guard is told":
         guard.terminate()
     else:
         os.kill(launcher, signal.SIGKILL)
     assert guard.wait(timeout=20) == (143 if ends == "the guard is told" else 137)
-    assert gone(rank)
+    assert gone(process)
 
 
 def test_a_rank_does_not_outlive_a_machine_that_is_killed(tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ def test_the_record_of_being_finished_decides_not_the_exit_code(schedule: Tree, 
     assert journal(schedule)["a"]["train"]["result"]["step"] == 4
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)]
+)
 def test_a_signal_is_passed_on_and_ends_the_call(
     schedule: Tree, write: Write, number: signal.Signals, code: int
 ) -> None:
@@ -102,6 +104,25 @@ def test_a_signal_is_passed_on_and_ends_the_call(
     assert f"error: {number.name} in stage 'a' (train); the same call goes on from there" in output
     assert journal(schedule)["a"]["train"]["status"] == "interrupted"
     assert call(write(schedule))[0] == 0
+
+
+@pytest.mark.parametrize("code", [85, 1])
+def test_a_run_that_was_asked_to_leave_is_to_be_continued(schedule: Tree, write: Write, code: int) -> None:
+    """Its record tells, as torchrun makes 1 of every exit code; and it tells of one start alone."""
+    path = write(schedule)
+    found, output = call(path, LEAVE=f"train-b:middle:{code}")
+    assert found == 85, output
+    assert "error: stage 'b' (train) left at step 3 for SIGTERM; the same call goes on from there" in output
+    assert journal(schedule)["b"]["train"]["status"] == "interrupted"
+    found, output = call(path, FAIL="train-b:begin")
+    assert found == 1, "the record of before does not make a failure look like a request"
+    assert call(path)[0] == 0
+    assert (Path(schedule["run_dir"]) / "b" / "steps.txt").read_text() == "...."
+
+
+def test_the_exit_code_alone_says_to_be_continued_too(schedule: Tree, write: Write) -> None:
+    found, output = call(write(schedule), FAIL="train-a:middle", FAIL_CODE="85")
+    assert (found, journal(schedule)["a"]["train"]["status"]) == (85, "interrupted"), output
 
 
 def test_a_changed_config_of_a_done_stage_is_refused(schedule: Tree, write: Write) -> None:

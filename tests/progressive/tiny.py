@@ -2,7 +2,7 @@
 
 `python tiny.py machine SCHEDULE` is the stage machine with these commands.  With KILL set to a list such as
 `train-b:middle`, the command of that name kills the machine outright at that point, once; with FAIL it exits
-with code 3, with HANG it sleeps.
+with code 3 (or FAIL_CODE), with HANG it sleeps, and with LEAVE=train-b:middle:85 it leaves as if asked to.
 """
 
 from __future__ import annotations
@@ -93,13 +93,18 @@ def reach(folder: Path, name: str, point: str) -> None:
     if mark.exists():
         return
     here = f"{name}:{point}"
+    asked, _, code = os.environ.get("LEAVE", "").rpartition(":")
+    if asked == here:
+        mark.touch()
+        (folder / "interrupted.json").write_text('{"step": 3, "reason": "SIGTERM"}')
+        sys.exit(int(code))
     if here in os.environ.get("KILL", "").split():
         mark.touch()
         os.kill(int(os.environ["MACHINE"]), signal.SIGKILL)
         time.sleep(30)  # the machine's death ends this process
     if here in os.environ.get("FAIL", "").split():
         mark.touch()
-        sys.exit(3)
+        sys.exit(int(os.environ.get("FAIL_CODE", "3")))
     if here in os.environ.get("HANG", "").split():
         mark.touch()
         time.sleep(30)
