@@ -41,8 +41,8 @@ EXAMPLE = """examples:
   of memory is its own; rounds begin with another contender in turn. A process opens a run on random tokens,
   makes two steps to warm up and then --steps steps, each waited for. A round's figure is the median of its
   steps. "Tokenformer / GPT" is the median over the rounds of the ratio of tokens per second; a size without a
-  twin has none. FLOPs are those of config/sizes.py: products only, none twice. Memory is the first rank's:
-  allocated on a GPU, else resident, imports included.
+  twin has none. FLOPs are those of config/sizes.py: products only, none twice. Memory is of the
+  rank that has held most: allocated on a GPU, else resident, imports included.
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 
 import torch
+import torch.distributed as dist
 
 from megatron_tokenformer.config.schema import Precision, RunConfig
 from megatron_tokenformer.config.sizes import device_peak, step_flops, tokens_per_step
@@ -17,10 +18,12 @@ def throughput(
 ) -> dict[str, float]:
     """The figures of a step of so many micro-batches on each rank that took so many seconds.
 
+    All ranks must call it.
+
     Returns:
         tokens_per_s (all ranks), tflops_per_device, mfu where the device's peak is known, bubble (by formula)
-        where there are pipeline stages, and peak_memory_bytes of this rank: allocated on a GPU, resident
-        without one.
+        where there are pipeline stages, and peak_memory_bytes of the rank that has held most: allocated on a
+        GPU, resident without one.
     """
     per_device = step_flops(config) / seconds / layout.processes.world_size
     row = {
@@ -40,7 +43,11 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far."""
+    """The most memory that any rank's process has held so far.  All ranks must call it."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        own = torch.cuda.max_memory_allocated(device)
+    else:
+        own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = torch.tensor(own, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)

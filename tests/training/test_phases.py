@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.phases import PHASES, StepClock
+from megatron_tokenformer.training.throughput import peak_memory_bytes
 from tests.ranks import run_ranks
 from tests.toy import toy_config
 
@@ -69,6 +71,20 @@ def test_rows_of_steps_that_were_slowed_by_the_profiler_say_so(run: tuple[Path, 
     folder, _ = run
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows if row["profiled"]] == [3, 4, 5]
+
+
+def most_memory(layout: Layout) -> tuple[int, int]:
+    """This rank's own memory at its most, and what is told; the second rank has held 200 MB more."""
+    if layout.rank == 1:
+        torch.ones(50_000_000)
+    own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return own, peak_memory_bytes(layout.device)
+
+
+def test_memory_is_of_the_rank_that_has_held_most() -> None:
+    (first, told), (second, told_there) = run_ranks(2, most_memory, pipeline=2)
+    assert second > first + 100e6
+    assert told == told_there >= second
 
 
 def test_stages_that_wait_for_each_other_say_so(tmp_path: Path) -> None:
