@@ -55,7 +55,9 @@ class Slurm:
         self._daemon(self.login, "slurmctld", "-D")
         for node in self.nodes:
             self._daemon(node, "slurmd", "-D", "-N", node)
-        self.wait(lambda: self.query("sinfo", "-h", "-N", "-o", "%t").split().count("idle") == len(self.nodes), 60)
+        self.wait(
+            lambda: self.query("sinfo", "-h", "-N", "-o", "%t").split().count("idle") == len(self.nodes), 60
+        )
 
     def query(self, *words: object) -> str:
         """What a command on the login host prints, whatever its exit code."""
