@@ -1,5 +1,6 @@
 # make demo    install into .venv, then run the main job on real text (examples/demo/run.sh)
 # make test    the tests
+# make test-cluster   those on pretend hosts and a real SLURM, as root (tests/cluster/needs.py)
 # make lint    ruff
 # make clean   remove what these made: .venv, runs/demo, caches
 
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 PYTHON := python3
 
-.PHONY: demo install test lint clean
+.PHONY: demo install test test-cluster lint clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python examples/demo/run.sh
@@ -19,6 +20,10 @@ install: $(INSTALLED)
 
 test: $(DEVELOPMENT)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest
+
+test-cluster: $(DEVELOPMENT)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m tests.cluster.needs
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -m cluster tests/cluster
 
 lint: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .

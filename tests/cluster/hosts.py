@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 NETWORK = "10.99.0"
-PACKAGES = {
-    "ip": "iproute2",
-    "sshd": "openssh-server",
-    "ssh": "openssh-client",
-    "pdsh": "pdsh",
-    "munged": "munge",
-    "slurmctld": "slurm-wlm",
-    "slurmd": "slurm-wlm",
-    "shellcheck": "shellcheck",
-}
+ROOT = Path(__file__).parents[2]
 
 SSH_CONFIG = """\
 Host *
@@ -63,12 +55,6 @@ while :; do sleep 3600 & wait; done
 """
 
 
-def missing_packages() -> list[str]:
-    """What has to be installed before hosts can be made here."""
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    return sorted({package for name, package in PACKAGES.items() if shutil.which(name, path=path) is None})
-
-
 class Hosts:
     """Hosts on one network; stop() ends them and all that runs on them.
 
@@ -94,34 +80,41 @@ class Hosts:
             self.stop()
             raise
 
-    def command(self, host: str, *words: object) -> list[str]:
-        """The command that executes another on a host."""
-        return [
-            *("nsenter", "-t", str(self._inits[host]), "-n", "-u", "-i", "-m", "-p"),
-            *(f"--wd={os.getcwd()}", "--", *map(str, words)),
-        ]
+    def command(self, host: str, words: Sequence[object], folder: Path = ROOT) -> list[str]:
+        """The command that executes another on a host, in a folder."""
+        own = ["-n", "-u", "-i", "-m", "-p", f"--wd={folder}"]
+        return ["nsenter", "-t", str(self._inits[host]), *own, "--", *map(str, words)]
 
-    def run(self, host: str, *words: object, timeout: float = 300, **given: object) -> str:
-        """Execute on a host; standard output and error together.
+    def run(self, host: str, *words: object, seconds: float = 300, **given: Any) -> str:
+        """Execute on a host (see `attempt`); what it says.
 
         Raises:
             AssertionError: it failed.
         """
-        done = self.attempt(host, *words, timeout=timeout, **given)
+        done = self.attempt(host, *words, seconds=seconds, **given)
         assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout}"
         return done.stdout
 
     def attempt(
-        self, host: str, *words: object, timeout: float = 300, **given: object
+        self, host: str, *words: object, seconds: float = 300, folder: Path = ROOT, **variables: object
     ) -> subprocess.CompletedProcess[str]:
-        """Execute on a host, whatever comes of it."""
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **given}
-        return subprocess.run(self.command(host, *words), timeout=timeout, **options)  # type: ignore[call-overload, no-any-return]
+        """Execute on a host with these variables besides the usual, whatever comes of it."""
+        return subprocess.run(
+            self.command(host, words, folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            env=environment(**variables),
+        )
 
-    def start(self, host: str, *words: object, log: Path, **given: object) -> subprocess.Popen[bytes]:
-        """Execute on a host in the background until stop()."""
+    def start(
+        self, host: str, *words: object, log: Path, folder: Path = ROOT, **variables: object
+    ) -> subprocess.Popen[bytes]:
+        """Execute on a host in the background, until stop() at the latest."""
         with open(log, "ab") as file:
-            return self._spawn(self.command(host, *words), stdout=file, stderr=file, **given)
+            command = self.command(host, words, folder)
+            return self._spawn(command, stdout=file, stderr=file, env=environment(**variables))
 
     def unplug(self, host: str) -> None:
         """Pull the host's network cable."""
@@ -173,10 +166,17 @@ class Hosts:
         _do(*_inside(init), "ip", "addr", "add", address, "dev", "eth0")
         _do(*_inside(init), "ip", "link", "set", "eth0", "up")
 
-    def _spawn(self, command: Sequence[str], **given: object) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(command, preexec_fn=_die_with_parent, stdin=subprocess.DEVNULL, **given)  # type: ignore[call-overload]
+    def _spawn(self, command: Sequence[str], **given: Any) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command, preexec_fn=_die_with_parent, stdin=subprocess.DEVNULL, **given)
         self._running.append(process)
-        return process  # type: ignore[no-any-return]
+        return process
+
+
+def environment(**variables: object) -> dict[str, str]:
+    """Variables of a user of this project on a host: this Python comes first, and the package is found."""
+    beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+    own = {"PATH": beside, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **own, **{name: str(value) for name, value in variables.items()}}
 
 
 def _die_with_parent() -> None:
@@ -195,9 +195,9 @@ def _do(*words: object) -> None:
     subprocess.run([str(word) for word in words], check=True, capture_output=True)
 
 
-def _wait(done: object, what: str, seconds: float = 20.0) -> None:
+def _wait(done: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
-    while not done():  # type: ignore[operator]
+    while not done():
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {seconds:.0f} s for {what}")
         time.sleep(0.05)

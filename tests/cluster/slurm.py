@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.hosts import Hosts
 
@@ -59,16 +61,21 @@ class Slurm:
             lambda: self.query("sinfo", "-h", "-N", "-o", "%t").split().count("idle") == len(self.nodes), 60
         )
 
+    def is_idle(self) -> bool:
+        """Whether every node is up and without a job."""
+        states = self.query("sinfo", "-h", "-N", "-o", "%t").split()
+        return states.count("idle") == len(self.nodes)
+
     def query(self, *words: object) -> str:
         """What a command on the login host prints, whatever its exit code."""
-        return self.hosts.attempt(self.login, *words, timeout=30).stdout
+        return self.hosts.attempt(self.login, *words, seconds=30).stdout
 
-    def submit(self, *words: object, **given: object) -> str:
+    def submit(self, *words: object, **given: Any) -> str:
         """Submit a job by sbatch; its id."""
         return self.hosts.run(self.login, "sbatch", "--parsable", *words, **given).strip()
 
     def state(self, job: str) -> str:
-        """A job's state, as `scontrol` names it; of an array the worst one of its tasks."""
+        """A job's state; of an array those of its tasks, in lines."""
         return self.query("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T").strip()
 
     def facts(self, job: str) -> dict[str, str]:
@@ -91,14 +98,14 @@ class Slurm:
 
         self.wait(reached, seconds)
 
-    def wait(self, done: object, seconds: float) -> None:
+    def wait(self, done: Callable[[], bool], seconds: float) -> None:
         """Wait until a condition holds.
 
         Raises:
             AssertionError: with the queue, if it does not in time.
         """
         deadline = time.monotonic() + seconds
-        while not done():  # type: ignore[operator]
+        while not done():
             if time.monotonic() > deadline:
                 told = self.query("squeue", "-l") + self.query("sinfo", "-N", "-l")
                 raise AssertionError(f"waited {seconds:.0f} s\n{told}")
