@@ -124,12 +124,22 @@ class Hosts:
         """Put the cable back."""
         _do(*_inside(self._switch), "ip", "link", "set", f"to-{host}", "up")
 
-    def kill(self, host: str, words: str, number: int = signal.SIGKILL) -> None:
-        """Signal the one process on a host whose command line holds these words."""
+    def find(self, host: str, words: str) -> list[str]:
+        """The numbers, on the host, of its processes whose command lines hold these words."""
         listed = self.run(host, "ps", "-eo", "pid=,args=").splitlines()
-        found = [line.split()[0] for line in listed if words in line and " ps -eo" not in line]
-        assert len(found) == 1, listed
+        return [line.split()[0] for line in listed if words in line]
+
+    def kill(self, host: str, words: str, number: int = signal.SIGKILL) -> None:
+        """Signal the first process on a host whose command line holds these words."""
+        found = self.find(host, words)
+        assert found, self.run(host, "ps", "-eo", "pid,args")
         self.run(host, "kill", f"-{int(number)}", found[0])
+
+    def clear(self, words: str) -> None:
+        """End on every host all whose command lines hold these words."""
+        for host in self.names:
+            for process in self.find(host, words):
+                self.attempt(host, "kill", "-9", process)
 
     def stop(self) -> None:
         """End every host."""
