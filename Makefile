@@ -11,12 +11,14 @@ INSTALLED := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 PYTHON := python3
 
-.PHONY: demo install test test-cluster lint clean
+.PHONY: demo install install-dev test test-cluster lint clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python examples/demo/run.sh
 
 install: $(INSTALLED)
+
+install-dev: $(DEVELOPMENT)
 
 test: $(DEVELOPMENT)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest

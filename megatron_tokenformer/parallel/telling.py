@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
 import time
 
@@ -43,5 +45,8 @@ def tell(error: Exception) -> int:
     if not told.everywhere:
         lifeline.report(str(told))
     if not alone and rank > 0:
+        # A launcher that ends this rank meanwhile (srun) reports the highest exit code of all.
+        before = signal.signal(signal.SIGTERM, lambda *_: os._exit(told.exit_code))
         time.sleep(PATIENCE_S)
+        signal.signal(signal.SIGTERM, before)
     return told.exit_code
