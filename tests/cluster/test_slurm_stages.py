@@ -19,7 +19,7 @@ SIZE = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-tas
 @pytest.fixture
 def schedule(tmp_path: Path) -> Path:
     """Two stages: one node, then two with twice the tokens; long enough to be interrupted."""
-    common = toy_config(tmp_path, checkpoint={"interval": 20}, training={"steps": 300}).model_dump(
+    common = toy_config(tmp_path, checkpoint={"interval": 20}, training={"steps": 120}).model_dump(
         mode="json"
     )
     del common["run_dir"], common["checkpoint"]["load"]
@@ -61,7 +61,7 @@ def test_in_one_allocation_through_a_requeue(slurm: Slurm, schedule: Path) -> No
     log = schedule.parent / "log"
     script = ROOT / "examples/slurm/progressive.sbatch"
     job = slurm.submit(*SIZE, f"--output={log}", script, schedule)
-    slurm.wait(lambda: saved(schedule, "large") >= 1, 240)
+    slurm.wait(lambda: saved(schedule, "large") >= 1, 300)
     before = journal(schedule)
     slurm.query("scontrol", "requeue", job)
     slurm.wait(lambda: slurm.facts(job).get("Restarts") == "1", 60)
@@ -83,7 +83,7 @@ def test_as_a_chain_of_jobs_of_the_stages_own_sizes(slurm: Slurm, schedule: Path
     said = slurm.hosts.run(slurm.login, *machine, "--config", schedule)
     first, second = (line.split()[3] for line in said.splitlines())
     assert "stage small" in said and "on 1 node(s)" in said and "on 2 node(s)" in said
-    slurm.wait(lambda: saved(schedule, "small") >= 1, 240)
+    slurm.wait(lambda: saved(schedule, "small") >= 1, 300)
     assert slurm.state(second) == "PENDING"
     slurm.query("scontrol", "requeue", first)  # what waits for it goes on waiting
     slurm.wait(lambda: slurm.facts(first).get("Restarts") == "1", 60)

@@ -2,7 +2,7 @@
 
 `python tiny.py machine SCHEDULE` is the stage machine with these commands.  With KILL set to a list such as
 `train-b:middle`, the command of that name kills the machine outright at that point, once; with FAIL it exits
-with code 3, with HANG it sleeps.
+with code 3, with HANG it sleeps, with LEAVE it exits with code 85.  ONLY names one stage to do.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def run(schedule: Path) -> None:
                 lambda stage, source: command("grow", stage.folder, source),
                 read_journal(plan.folder),
                 lock,
+                os.environ.get("ONLY"),
             )
         )
 
@@ -100,6 +101,9 @@ def reach(folder: Path, name: str, point: str) -> None:
     if here in os.environ.get("FAIL", "").split():
         mark.touch()
         sys.exit(3)
+    if here in os.environ.get("LEAVE", "").split():
+        mark.touch()
+        sys.exit(85)
     if here in os.environ.get("HANG", "").split():
         mark.touch()
         time.sleep(30)
