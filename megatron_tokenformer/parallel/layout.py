@@ -86,11 +86,11 @@ def start(parallel: Parallel, processes: Processes) -> Layout:
     # torch 2.13 renames collectives that DeepSpeed, and we for the sake of 2.11, call by their old names.
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    meeting = _meet(parallel, processes) if processes.world_size > 1 else None
     if processes.launcher == "srun" and torch.cuda.device_count() == 1:
         processes = replace(processes, local_rank=0)  # --gpus-per-task shows each task its own GPU only
     device = _device(processes)
     timeout = timedelta(minutes=parallel.timeout_minutes)
-    meeting = _meet(parallel, processes) if processes.world_size > 1 else None
     _join(processes, device, timeout)
     del meeting  # rank 0 serves it until torch's own meeting has taken it over
     with quiet_start():
