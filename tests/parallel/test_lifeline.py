@@ -46,8 +46,7 @@ if rank == 1 and ending == "consequence":
     try:
         raise RuntimeError("Connection closed by peer")
     except RuntimeError as error:
-        if here.rank == 1:
-            print("code", tell(error), flush=True)
+        print("code", tell(error), flush=True)
 if ending == "consequence" and rank == 2:
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
