@@ -1,5 +1,6 @@
 # make demo    install into .venv, then run the main job on real text (examples/demo/run.sh)
 # make test    the tests
+# make test-cluster  those on pretend hosts and a real SLURM, as root (tests/cluster/needs.py)
 # make test-faults  kill a running schedule thirty times, for a quarter of an hour
 # make lint    ruff
 # make clean   remove what these made: .venv, runs/demo, caches
@@ -11,15 +12,21 @@ INSTALLED := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 PYTHON := python3
 
-.PHONY: demo install test test-faults lint clean
+.PHONY: demo install install-dev test test-cluster test-faults lint clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python examples/demo/run.sh
 
 install: $(INSTALLED)
 
+install-dev: $(DEVELOPMENT)
+
 test: $(DEVELOPMENT)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest
+
+test-cluster: $(DEVELOPMENT)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m tests.cluster.needs
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -m cluster tests/cluster
 
 test-faults: $(DEVELOPMENT)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -m faults tests/faults

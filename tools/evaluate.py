@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from megatron_tokenformer.config.schema import Parallel, resolve_precision
 from megatron_tokenformer.config.sizes import parameter_count
-from megatron_tokenformer.errors import in_words, run_cli
-from megatron_tokenformer.parallel.environment import find_processes, tell
+from megatron_tokenformer.errors import run_cli
+from megatron_tokenformer.parallel.environment import find_processes
+from megatron_tokenformer.parallel.telling import tell
 from megatron_tokenformer.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         evaluate_and_print(given)
     except Exception as error:
-        return tell(in_words(error))
+        return tell(error)
     return 0
 
 

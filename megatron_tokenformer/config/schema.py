@@ -128,6 +128,8 @@ class Parallel(Section):
     """also split the sequence over the tensor-parallel ranks between Pattentions"""
     timeout_minutes: float = Field(30.0, gt=0.0)
     """how long a collective may wait for another rank before the run fails"""
+    join_minutes: float = Field(10.0, gt=0.0)
+    """how long the processes wait for one another at the start"""
 
 
 class Tokenizer(Section):

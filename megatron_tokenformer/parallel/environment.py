@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-import subprocess
-import sys
-import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.parallel.hosts import expand_hosts
 
 # What each launcher calls (rank, local rank, world size); the first one found is believed.
 LAUNCHERS = {
@@ -21,8 +19,8 @@ LAUNCHERS = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
 }
 
-# A launcher ends all ranks when one has ended; the main rank, which tells what is wrong, may be slower.
-PATIENCE_S = 10.0
+# What names one start of processes, where the launcher leaves the choice of a port to us.
+JOBS = {"srun": ("SLURM_JOB_ID", "SLURM_STEP_ID"), "mpirun": ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")}
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,17 @@ def find_processes(environment: Mapping[str, str] = os.environ) -> Processes:
         if launcher == "srun" and "SLURM_STEP_NODELIST" not in environment:
             continue  # a shell inside an allocation, not a task started by srun
         if world_size == 1:
-            return Processes(launcher, 0, local_rank, 1, "127.0.0.1", _port(environment))
-        address, port = environment.get("MASTER_ADDR"), _port(environment)
+            return Processes(launcher, 0, local_rank, 1, "127.0.0.1", 0)
+        address, port = environment.get("MASTER_ADDR"), _port(launcher, environment)
         if address is None and launcher == "srun":
-            address = _first_host(environment["SLURM_STEP_NODELIST"])
+            address = next(iter(expand_hosts(environment["SLURM_STEP_NODELIST"])), None)
+        if address is None and environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world_size):
+            address = "127.0.0.1"
         missing = "MASTER_ADDR" if address is None else "MASTER_PORT" if port == 0 else None
         if address is None or missing:
             raise UserError(f"{launcher} set {names[0]} but not {missing}; export where rank 0 listens")
         return Processes(launcher, rank, local_rank, world_size, address, port)
-    return Processes("no launcher", 0, 0, 1, "127.0.0.1", _port(environment))
+    return Processes("no launcher", 0, 0, 1, "127.0.0.1", 0)
 
 
 def set_device_variables(parallel: Parallel) -> None:
@@ -82,36 +82,12 @@ def set_device_variables(parallel: Parallel) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def tell(error: UserError) -> int:
-    """Say once what every rank ends with, and a failure of one rank with its number; its exit code."""
-    rank, world_size = 0, 1
-    with contextlib.suppress(UserError):
-        here = find_processes()
-        rank, world_size = here.rank, here.world_size
-    if error.exit_code == 1 and world_size > 1 and not error.everywhere:
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-    elif rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(PATIENCE_S)
-    return error.exit_code
-
-
-def _first_host(nodes: str) -> str | None:
-    """The first host of a SLURM node list such as `gpu[03-07]`, which only SLURM itself can read."""
-    try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return next(iter(listed.stdout.split()), None)
-
-
-def _port(environment: Mapping[str, str]) -> int:
-    """MASTER_PORT, else one that two jobs on a node do not share; 0 (any) is only good for one process."""
+def _port(launcher: str, environment: Mapping[str, str]) -> int:
+    """MASTER_PORT, else one that two jobs on a node are unlikely to share; 0 if there is no job."""
     if "MASTER_PORT" in environment:
         return int(environment["MASTER_PORT"])
-    job = environment.get("SLURM_JOB_ID")
-    return 10_000 + int(job) % 20_000 if job else 0
+    job = "".join(environment.get(name, "") + "." for name in JOBS.get(launcher, ()))
+    return 10_000 + zlib.crc32(job.encode()) % 20_000 if job.strip(".") else 0
 
 
 def free_port() -> int:

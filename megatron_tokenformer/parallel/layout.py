@@ -23,8 +23,11 @@ from megatron.core import parallel_state
 
 from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.parallel import lifeline
 from megatron_tokenformer.parallel.collectives import TensorParallel
 from megatron_tokenformer.parallel.environment import Processes, free_port
+from megatron_tokenformer.parallel.placement import describe_placement
+from megatron_tokenformer.parallel.roll_call import open_store, roll_call
 from megatron_tokenformer.quiet import quiet_start
 
 Result = TypeVar("Result")
@@ -71,7 +74,7 @@ class Layout:
 
 
 def start(parallel: Parallel, processes: Processes) -> Layout:
-    """Join the run's other processes and build every group.
+    """Join the run's other processes, print who is where, and build every group.
 
     Args:
         parallel: a layout that divides the processes (`config.schema.check_world`).
@@ -83,11 +86,13 @@ def start(parallel: Parallel, processes: Processes) -> Layout:
     # torch 2.13 renames collectives that DeepSpeed, and we for the sake of 2.11, call by their old names.
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    meeting = _meet(parallel, processes) if processes.world_size > 1 else None
     if processes.launcher == "srun" and torch.cuda.device_count() == 1:
         processes = replace(processes, local_rank=0)  # --gpus-per-task shows each task its own GPU only
     device = _device(processes)
     timeout = timedelta(minutes=parallel.timeout_minutes)
     _join(processes, device, timeout)
+    del meeting  # rank 0 serves it until torch's own meeting has taken it over
     with quiet_start():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -103,6 +108,7 @@ def stop() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+    lifeline.stop()
 
 
 def from_main_rank(decide: Callable[[], Result]) -> Result:
@@ -170,6 +176,17 @@ def _device(processes: Processes) -> torch.device:
     return torch.device("cuda", processes.local_rank)
 
 
+def _meet(parallel: Parallel, processes: Processes) -> dist.Store:
+    """Wait for all processes, connect them for bad news, and show the layout: before any collective."""
+    patience = timedelta(minutes=parallel.join_minutes)
+    store = open_store(processes, patience)
+    hosts = roll_call(store, processes, patience)
+    if processes.rank == 0:
+        print("\n".join(describe_placement(hosts, parallel, processes.launcher)), flush=True)
+    lifeline.start(store, processes, hosts)
+    return store
+
+
 def _join(processes: Processes, device: torch.device, timeout: timedelta) -> None:
     if processes.master_port == 0:
         processes = replace(processes, master_port=free_port())
@@ -185,10 +202,13 @@ def _join(processes: Processes, device: torch.device, timeout: timedelta) -> Non
                 auto_mpi_discovery=False,
                 timeout=timeout,
             )
-    except dist.DistStoreError as error:
+    except (dist.DistError, RuntimeError) as error:
+        if lifeline.ends_because_of_another(0.0):
+            raise
+        name = "NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME"
         raise UserError(
-            f"rank {processes.rank} found not all {processes.world_size} processes at "
-            f"{processes.master_address}:{processes.master_port} within {timeout}: {error}",
+            f"{socket.gethostname()} reached rank 0, but not all other ranks; if hosts have several "
+            f"networks, name the one that they share in {name} ({str(error).splitlines()[0]})",
             exit_code=1,
         ) from None
 

@@ -7,8 +7,10 @@ was asked to leave (by SIGTERM, SIGUSR1 or a stage's training.max_minutes), all 
 from __future__ import annotations
 
 import argparse
+import shlex
 
-from megatron_tokenformer.errors import run_cli
+from megatron_tokenformer.errors import UserError, run_cli
+from megatron_tokenformer.progressive.chain import job_files, submission, submit
 from megatron_tokenformer.progressive.journal import read_journal
 from megatron_tokenformer.progressive.launchers import LAUNCHERS, grow_command
 from megatron_tokenformer.progressive.lock import exclusive
@@ -16,11 +18,14 @@ from megatron_tokenformer.progressive.plan import Plan, load_plan
 from megatron_tokenformer.progressive.report import write_report
 from megatron_tokenformer.progressive.stages import Machine, dry_run, run_stages
 
+CHAIN = "slurm"
+
 EPILOG = """\
 launchers:
   local      torchrun on this host
   deepspeed  `deepspeed` on this host, or on the hosts of launch.hostfile
-  slurm      one job per stage, submitted and waited for; growth runs where this command runs
+  srun       srun, in the SLURM allocation that this command runs in (examples/slurm/progressive.sbatch)
+  slurm      submits a chain of SLURM jobs, one for each stage and of its size, and returns
 
 examples:
   python -m megatron_tokenformer.progressive --config configs/progressive/demo.yaml --launcher deepspeed
@@ -34,17 +39,22 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run what is left of the schedule, report."""
     given = _parse(argv)
     plan = load_plan(given.config, given.overrides)
-    launcher = LAUNCHERS[given.launcher]
+    if given.stage is not None and given.stage not in [stage.name for stage in plan.stages]:
+        raise UserError(f"--stage {given.stage} is none of {', '.join(s.name for s in plan.stages)}")
     if given.report_only:
         _report(plan)
         return 0
+    if given.launcher == CHAIN:
+        return _submit(plan, given)
+    launcher = LAUNCHERS[given.launcher]
     for stage in plan.stages:
-        launcher(stage, plan.launch)  # refuses now what it could not start days later
+        if given.stage in (None, stage.name):
+            launcher(stage, plan.launch)  # refuses now what it could not start days later
     if given.dry_run:
         print(dry_run(plan, read_journal(plan.folder), launcher, grow_command))
         return 0
     with exclusive(plan.folder) as lock:
-        run_stages(Machine(plan, launcher, grow_command, read_journal(plan.folder), lock))
+        run_stages(Machine(plan, launcher, grow_command, read_journal(plan.folder), lock, given.stage))
         _report(plan)
     return 0
 
@@ -58,12 +68,29 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", required=True, help="YAML file of the schedule")
-    add("--launcher", choices=list(LAUNCHERS), default="local", help="what starts processes (default: local)")
+    launchers = [*LAUNCHERS, CHAIN]
+    add("--launcher", choices=launchers, default="local", help="what starts processes (default: local)")
+    add("--stage", metavar="NAME", help="bring this stage alone to its end; the ones before must be done")
     add("--dry-run", action="store_true", help="print the commands that are left, and do nothing")
     add("--report-only", action="store_true", help="write the report of what is done so far, and do nothing")
     add("overrides", nargs="*", metavar="key=value", help="changes to the schedule")
     # Overrides may stand before or after options, as in `... launch.nodes=4 --dry-run common.model.layers=2`.
     return parser.parse_intermixed_args(argv)
+
+
+def _submit(plan: Plan, given: argparse.Namespace) -> int:
+    journal = read_journal(plan.folder)
+    if given.stage is not None:
+        raise UserError("--launcher slurm submits all stages that are not done; leave out --stage")
+    if given.dry_run:
+        before = None
+        for stage, path, text in job_files(plan, journal, given.config, given.overrides):
+            print(f"# stage {stage.name}\n{shlex.join(submission(path, before))}\n# {path}:\n{text}")
+            before = f"JOB-OF-{stage.name}"
+        return 0
+    lines = submit(plan, journal, given.config, given.overrides)
+    print("\n".join(lines) or "every stage is done")
+    return 0
 
 
 def _report(plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""The commands that start a stage's processes: torchrun here, deepspeed here or on hosts, a SLURM job.
+"""The commands that start a stage's processes: torchrun here, deepspeed here or on hosts, srun in a job.
 
 A launcher is a function from a stage to its command; it starts nothing and writes nothing.
 """
@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from megatron_tokenformer.errors import UserError
@@ -92,56 +91,34 @@ def deepspeed(stage: Stage, launch: Launch) -> Command:
     return Command(argv, _threads(stage), settle_seconds=REMOTE_SECONDS if launch.hostfile else 0.0)
 
 
-def slurm(stage: Stage, launch: Launch) -> Command:
-    """A job of its own, submitted and waited for.
+def srun(stage: Stage, launch: Launch) -> Command:
+    """A step of the SLURM allocation that the stage machine runs in.
 
-    Jobs of one stage have one name and run one at a time: a call that was killed leaves its job in the
-    queue, and the next call's waits for it and then finds the training done or goes on with it.
+    Raises:
+        UserError: it runs in none, or in one with fewer nodes than the stage wants.
     """
-    job_file = stage.folder / "job.sbatch"
-    argv = ["sbatch", "--wait", str(job_file)]
-    return Command(argv, files={job_file: job_script(stage, launch)}, settle_seconds=REMOTE_SECONDS)
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES")
+    if nodes is None:
+        raise UserError(
+            "the launcher srun starts stages inside a SLURM allocation, and here is none; submit "
+            "examples/slurm/progressive.sbatch, or let --launcher slurm submit a job for each stage"
+        )
+    if stage.nodes > int(nodes):
+        raise UserError(
+            f"stage '{stage.name}' wants nodes={stage.nodes}, and this SLURM job has {nodes}; ask for "
+            f"more, or let --launcher slurm submit a job for each stage"
+        )
+    cores = launch.slurm.cpus_per_task or os.environ.get("SLURM_CPUS_PER_TASK")
+    argv = ["srun", "--kill-on-bad-exit=1", f"--nodes={stage.nodes}"]
+    argv += [f"--ntasks={stage.nodes * stage.processes_per_node}"]
+    argv += [f"--ntasks-per-node={stage.processes_per_node}"]
+    argv += [f"--cpus-per-task={cores}"] if cores else []
+    argv += [sys.executable, "-m", TRAINER, "--config", str(stage.run_file)]
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))} if cores else _threads(stage)
+    return Command(argv, threads, settle_seconds=REMOTE_SECONDS)
 
 
-def job_script(stage: Stage, launch: Launch) -> str:
-    """The text of a stage's SLURM job."""
-    wants, processes = launch.slurm, stage.processes_per_node
-    # Two schedules may have equal folder and stage names; a dependency between their jobs would be wrong.
-    mark = sha256(str(stage.folder.absolute()).encode()).hexdigest()[:6]
-    gpus = processes if wants.gpus_per_node is None else wants.gpus_per_node
-    options = {
-        "job-name": f"{stage.folder.parent.name}-{stage.name}-{mark}",
-        "nodes": stage.nodes,
-        "ntasks-per-node": processes,
-        "gpus-per-node": gpus or None,
-        "cpus-per-task": wants.cpus_per_task,
-        "partition": wants.partition,
-        "account": wants.account,
-        "time": wants.time,
-        "chdir": Path.cwd(),
-        "output": stage.folder / "job-%j.log",
-        "open-mode": "append",
-        "dependency": "singleton",
-    }
-    lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH --{key}={_quoted(value)}" for key, value in options.items() if value is not None]
-    lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in wants.extra)]
-    trainer = shlex.join([sys.executable, "-m", TRAINER, "--config", str(stage.run_file)])
-    cores = f" --cpus-per-task={wants.cpus_per_task}" if wants.cpus_per_task else ""
-    lines += [
-        "set -eo pipefail",
-        *wants.setup,
-        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))",
-        "export MASTER_ADDR MASTER_PORT",
-        'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"',
-        "# srun takes this shell's place, so that signals to the job reach the training",
-        f"exec srun --kill-on-bad-exit=1{cores} {trainer}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-LAUNCHERS: dict[str, Launcher] = {"local": local, "deepspeed": deepspeed, "slurm": slurm}
+LAUNCHERS: dict[str, Launcher] = {"local": local, "deepspeed": deepspeed, "srun": srun}
 
 
 def grow_command(stage: Stage, source: Path) -> Command:
@@ -169,8 +146,3 @@ def _threads(stage: Stage) -> dict[str, str]:
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // stage.processes_per_node))}
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    return f'"{text}"' if " " in text else text

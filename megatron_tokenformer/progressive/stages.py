@@ -38,6 +38,8 @@ class Machine:
     journal: Journal
     lock: int
     """descriptor of the folder's lock, kept open by every command"""
+    only: str | None = None
+    """the one stage to bring to its end; None for all"""
 
 
 def run_stages(machine: Machine) -> None:
@@ -46,10 +48,13 @@ def run_stages(machine: Machine) -> None:
     A stage is done when its run left its record of being finished, whatever the launcher's exit code says.
 
     Raises:
-        UserError: a command failed, a signal came, or what is done was done with other settings.
+        UserError: a command failed, a signal came, what is done was done with other settings, or the one
+            stage to do comes after one that is not done.
     """
     reconcile(machine.plan, machine.journal)
     todo = pending(machine.plan, machine.journal)
+    if machine.only is not None:
+        todo = _of_one_stage(todo, machine.only)
     for stage in machine.plan.stages:
         if any(stage is waiting for waiting, _ in todo):
             stage.folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,13 @@ def pending(plan: Plan, journal: Journal) -> list[tuple[Stage, Step]]:
             todo.append((stage, "grow"))
         todo.append((stage, "train"))
     return todo
+
+
+def _of_one_stage(todo: list[tuple[Stage, Step]], name: str) -> list[tuple[Stage, Step]]:
+    mine = [(stage, step) for stage, step in todo if stage.name == name]
+    if mine and mine[0] != todo[0]:
+        raise UserError(f"stage '{name}' comes after '{todo[0][0].name}', which is not done", exit_code=1)
+    return mine
 
 
 def dry_run(plan: Plan, journal: Journal, launcher: Launcher, grower: Grower) -> str:

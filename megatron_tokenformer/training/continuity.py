@@ -130,7 +130,7 @@ class Continuity:
 
     def _computed(self) -> dict[str, Any]:
         """What the rounding of a loss depends on, besides the precision."""
-        parallel = self._config.parallel.model_dump(exclude={"timeout_minutes"})
+        parallel = self._config.parallel.model_dump(exclude={"timeout_minutes", "join_minutes"})
         micro_batch_size = self._config.training.micro_batch_size
         return {**parallel, "data": self._layout.data_size, "micro_batch_size": micro_batch_size}
 

@@ -6,8 +6,9 @@ import argparse
 
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
-from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError, in_words, run_cli
-from megatron_tokenformer.parallel.environment import find_processes, set_device_variables, tell
+from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError, run_cli
+from megatron_tokenformer.parallel.environment import find_processes, set_device_variables
+from megatron_tokenformer.parallel.telling import tell
 from megatron_tokenformer.quiet import quiet_imports
 
 EPILOG = """\
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--profile {arguments.profile} is no number of steps")
         left = pretrain(load_config(arguments.config, arguments.overrides), arguments.profile)
     except Exception as error:
-        return tell(in_words(error))
+        return tell(error)
     return 0 if left is None else TO_BE_CONTINUED
 
 

@@ -69,6 +69,16 @@ def test_every_group_has_the_timeout_of_the_config(tmp_path: object) -> None:
             },
             ("srun", 3, 1, 4),
         ),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "PMIX_NAMESPACE": "job",
+            },
+            ("mpirun", 1, 1, 2),
+        ),
         # A shell inside an allocation has the variables of a task that it is not.
         ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, ("no launcher", 0, 0, 1)),
     ],
@@ -76,6 +86,22 @@ def test_every_group_has_the_timeout_of_the_config(tmp_path: object) -> None:
 def test_launchers_are_recognised(environment: dict[str, str], expected: tuple[str, int, int, int]) -> None:
     found = find_processes(environment)
     assert (found.launcher, found.rank, found.local_rank, found.world_size) == expected
+
+
+def test_steps_of_slurm_meet_on_their_first_host_and_at_ports_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    task = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[04-05]"}
+    found = [
+        find_processes({**task, "SLURM_JOB_ID": job, "SLURM_STEP_ID": step})
+        for job, step in (("7", "0"), ("7", "1"), ("70", "1"), ("7", "0"))
+    ]
+    assert {each.master_address for each in found} == {"n04"}
+    ports = [each.master_port for each in found]
+    assert ports[0] == ports[3]
+    assert len(set(ports)) == 3
+    assert all(10_000 <= port < 30_000 for port in ports)
 
 
 @pytest.mark.parametrize("given, missing", [({}, "MASTER_ADDR"), ({"MASTER_ADDR": "h"}, "MASTER_PORT")])

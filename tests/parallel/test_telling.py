@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.parallel import environment
+from megatron_tokenformer.parallel import telling
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ def test_what_all_ranks_end_with_is_told_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(environment, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(telling, "PATIENCE_S", 0.0)
     here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     for name, value in {**here, "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert environment.tell(error) == error.exit_code
+    assert telling.tell(error) == error.exit_code
     assert capsys.readouterr().err == told

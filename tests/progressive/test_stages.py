@@ -195,10 +195,38 @@ def test_a_second_machine_is_refused_while_the_first_runs(schedule: Tree, write:
         pass
 
 
-def test_a_lock_of_another_host_is_never_taken_over(tmp_path: Path) -> None:
-    (tmp_path / "lock").write_text('{"host": "node-of-before", "pid": 1}')
-    with pytest.raises(UserError, match="process 1 on node-of-before"), exclusive(tmp_path):
+def test_one_stage_alone_after_those_before_it(schedule: Tree, write: Write) -> None:
+    path = write(schedule)
+    code, output = call(path, ONLY="b")
+    assert code == 1
+    assert "stage 'b' comes after 'a', which is not done" in output
+    for stage in ("a", "b", "b"):
+        assert call(path, ONLY=stage)[0] == 0
+    assert log(schedule) == ["train-a", GROWN["grow-b"], "train-b"]
+
+
+OTHER_HOST = '{"host": "node-of-before", "pid": 1, "job": "7"}'
+
+
+@pytest.mark.parametrize("record", ['{"host": "node-of-before", "pid": 1}', OTHER_HOST])
+def test_a_lock_of_another_host_is_never_taken_over(
+    tmp_path: Path, record: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor if it had a SLURM job, where SLURM cannot be asked about it."""
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("PATH", "/nowhere")
+    (tmp_path / "lock").write_text(record)
+    with pytest.raises(UserError, match="process 1 on node-of-before"), exclusive(tmp_path, patience=0.0):
         pass
+
+
+def test_a_lock_of_this_very_job_before_it_was_requeued_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "lock").write_text(OTHER_HOST)
+    with exclusive(tmp_path, patience=0.0):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_dead_machine_whose_command_still_runs_is_waited_for(tmp_path: Path) -> None:

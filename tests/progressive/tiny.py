@@ -3,6 +3,7 @@
 `python tiny.py machine SCHEDULE` is the stage machine with these commands.  With KILL set to a list such as
 `train-b:middle`, the command of that name kills the machine outright at that point, once; with FAIL it exits
 with code 3 (or FAIL_CODE), with HANG it sleeps, and with LEAVE=train-b:middle:85 it leaves as if asked to.
+ONLY names one stage to do.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def run(schedule: Path) -> None:
                 lambda stage, source: command("grow", stage.folder, source),
                 read_journal(plan.folder),
                 lock,
+                os.environ.get("ONLY"),
             )
         )
 

@@ -1,0 +1,119 @@
+"""A schedule as a chain of SLURM jobs: one for each stage, of the stage's own size, after the one before.
+
+Each job runs the stage machine for its stage alone (`--launcher srun --stage NAME`), growth included, so the
+journal is kept as ever, and a job that starts again goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
+from megatron_tokenformer.progressive.journal import Journal
+from megatron_tokenformer.progressive.plan import Plan, Stage
+from megatron_tokenformer.progressive.stages import pending
+
+NOTICE_S = 180
+"""before its time is up, so long a job is told"""
+
+
+def submit(plan: Plan, journal: Journal, schedule: str, overrides: Sequence[str]) -> list[str]:
+    """Submit a job for each stage that is not done; a line about each.
+
+    Args:
+        schedule: its file, which the jobs read again when they start.
+        overrides: `key=value`, for the jobs too.
+
+    Raises:
+        UserError: there is no sbatch here (the job files are written all the same), or it refused a job.
+    """
+    lines: list[str] = []
+    before: str | None = None
+    jobs = job_files(plan, journal, schedule, overrides)
+    for _, path, text in jobs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    if jobs and shutil.which("sbatch") is None:
+        raise UserError(
+            f"there is no sbatch on this host; {jobs[0][1]} and the other stages' are written", exit_code=1
+        )
+    for stage, path, _ in jobs:
+        done = subprocess.run(submission(path, before), capture_output=True, text=True)
+        if done.returncode:
+            told = f"; submitted are {', '.join(lines)}" if lines else ""
+            raise UserError(f"sbatch refused {path}: {done.stderr.strip()}{told}", exit_code=1)
+        before = done.stdout.strip().partition(";")[0]
+        lines.append(f"stage {stage.name}: job {before} on {stage.nodes} node(s)")
+    return lines
+
+
+def submission(job_file: Path, before: str | None) -> list[str]:
+    """The command that submits a job, to begin when the job `before` has succeeded.
+
+    Jobs of one schedule have one name and run one at a time (singleton), so that a chain which is submitted
+    twice does no harm: the second one's jobs find the stages done.
+    """
+    after = f"afterok:{before},singleton" if before else "singleton"
+    return ["sbatch", "--parsable", f"--dependency={after}", str(job_file)]
+
+
+def job_files(
+    plan: Plan, journal: Journal, schedule: str, overrides: Sequence[str]
+) -> list[tuple[Stage, Path, str]]:
+    """The stages that are not done, and the job of each: its file and the text."""
+    todo = dict.fromkeys(stage.name for stage, _ in pending(plan, journal))
+    return [
+        (stage, stage.folder / "job.sbatch", job_script(plan, stage, schedule, overrides))
+        for stage in plan.stages
+        if stage.name in todo
+    ]
+
+
+def job_script(plan: Plan, stage: Stage, schedule: str, overrides: Sequence[str]) -> str:
+    """The text of a stage's job."""
+    wants, processes = plan.launch.slurm, stage.processes_per_node
+    # Two schedules may have folders of one name; one must not wait for the other.
+    mark = sha256(str(plan.folder.absolute()).encode()).hexdigest()[:6]
+    gpus = processes if wants.gpus_per_node is None else wants.gpus_per_node
+    options = {
+        "job-name": f"{plan.folder.absolute().name}-{mark}",
+        "comment": f"stage {stage.name}",
+        "nodes": stage.nodes,
+        "ntasks-per-node": processes,
+        "gpus-per-node": gpus or None,
+        "cpus-per-task": wants.cpus_per_task,
+        "partition": wants.partition,
+        "account": wants.account,
+        "time": wants.time,
+        "signal": f"USR1@{NOTICE_S}",
+        "chdir": Path.cwd(),
+        "output": stage.folder / "job-%j.log",
+        "open-mode": "append",
+        "kill-on-invalid-dep": "yes",
+    }
+    machine = [sys.executable, "-m", "megatron_tokenformer.progressive", "--launcher", "srun"]
+    machine += ["--config", str(Path(schedule).absolute()), "--stage", stage.name, *overrides]
+    lines = ["#!/bin/bash"]
+    lines += [f"#SBATCH --{key}={_quoted(value)}" for key, value in options.items() if value is not None]
+    lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in wants.extra)]
+    lines += [
+        "set -eo pipefail",
+        *wants.setup,
+        "code=0",
+        f"{shlex.join(machine)} || code=$?",
+        f"# {TO_BE_CONTINUED}: the training was told to leave, and has saved",
+        f'if [ "$code" = {TO_BE_CONTINUED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$code"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return f'"{text}"' if " " in text else text
