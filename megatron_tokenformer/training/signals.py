@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from megatron_tokenformer.parallel import lifeline
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ECHO_S = 2.0
 """launchers pass on what a scheduler sends to all processes too: within this time it is the same request"""
@@ -48,6 +50,7 @@ class Requests:
         if self._received is None:
             self._received, self._since = signal.Signals(number), time.monotonic()
         elif time.monotonic() - self._since > ECHO_S:
+            lifeline.report(f"{signal.Signals(number).name} came a second time")
             os._exit(128 + number)
 
     def listen(self, notes: socket.socket) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 
 from megatron_tokenformer.errors import STUCK
+from megatron_tokenformer.parallel import lifeline
 
 PATIENCE_S = 10.0
 """between the stacks and the end: a launcher ends all ranks when one has ended, and all shall tell theirs"""
@@ -86,6 +87,7 @@ class Watchdog:
         print(f"error: {name}: {what} takes longer than {minutes:g} minutes\n{text}", end="", file=sys.stderr)
         sys.stderr.flush()
         time.sleep(PATIENCE_S)
+        lifeline.report(f"{what} takes longer than {minutes:g} minutes")
         os._exit(STUCK)
 
 
