@@ -15,6 +15,9 @@ TO_BE_CONTINUED = 85
 """exit code of a run that was asked to leave, and saved: the same command goes on"""
 STUCK = 86
 """exit code of a run whose step took too long"""
+ECHO_S = 2.0
+"""schedulers and launchers tell all processes of a job what their parents pass on to them, too: a signal that
+comes again within this time is the same request"""
 
 
 class UserError(Exception):

@@ -241,7 +241,7 @@ class Training(Section):
     step_timeout_minutes: float = Field(20.0, ge=0.0)
     """a step that takes longer ends the run with exit code 86 and the stacks of all ranks; 0: never.  Less
     than parallel.timeout_minutes, which tells no stacks"""
-    slow_timeout_minutes: float = Field(60.0, ge=0.0)
+    slow_timeout_minutes: float = Field(25.0, ge=0.0)
     """the same for the first step of a call, an evaluation and a save"""
     straggler_factor: float = Field(2.0, gt=1.0)
     """a rank whose own work takes so many times the median of its peers' is named when a step is logged"""

@@ -15,7 +15,7 @@ from megatron_tokenformer.parallel.hosts import expand_hosts
 # What each launcher calls (rank, local rank, world size); the first one found is believed.
 LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
 }
 

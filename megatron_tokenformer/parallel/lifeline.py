@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # what tells errors needs this module before torch is importe
 GRACE_S = 15.0
 """that a rank has to end by itself, once another has"""
 CONNECT_S = 10.0
+HELLO_S = 2.0
+"""that one who has connected has to say who he is"""
 # A host that is silent so long is asked, so often; the sum is when it is given up.
 _IDLE_S, _INTERVAL_S, _PROBES = 10, 5, 4
 
@@ -155,7 +157,7 @@ def _accept(store: Store, processes: Processes) -> dict[int, socket.socket]:
                 end, _ = server.accept()
             except OSError:
                 break
-            end.settimeout(CONNECT_S)
+            end.settimeout(HELLO_S)
             hello = _read(end, -1, bytearray()) or {}
             if hello.get("word") == word:
                 ends[hello["rank"]] = end
@@ -221,7 +223,7 @@ def _read(end: socket.socket, rank: int, held: bytearray) -> dict[str, Any] | No
         return None
     try:
         message: dict[str, Any] = {**json.loads(line)}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         message = {"rank": rank, "silent": "it said what nobody understands"}
     return message
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
+from megatron_tokenformer.errors import ECHO_S
+
 LINGER_SECONDS = 60.0
 """how long ranks may take to save and end when they are told to"""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -26,16 +28,21 @@ def main(argv: list[str]) -> int:
     """Run a command in a session of its own; return its exit code, 128 + N after signal N.
 
     A first SIGTERM (the kernel sends it when the machine dies), SIGUSR1 or SIGINT ends the command with
-    SIGTERM, which every launcher passes on to its ranks or leaves to `_end_rest`; a second one kills it.
+    SIGTERM, which every launcher passes on to its ranks or leaves to `_end_rest`; one that comes later than
+    an echo of the first kills it.
     """
     machine, *command = argv
     child: subprocess.Popen[bytes] | None = None
-    told: list[int] = []
+    told: list[float] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        if child is not None:
-            child.terminate() if len(told) == 1 else _signal(_living(), signal.SIGKILL)
+        told.append(time.monotonic())
+        if child is None:
+            return
+        if len(told) == 1:
+            child.terminate()
+        elif told[-1] - told[0] > ECHO_S:
+            _signal(_living(), signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, stop)

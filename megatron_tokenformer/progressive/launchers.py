@@ -62,7 +62,9 @@ def local(stage: Stage, launch: Launch) -> Command:
         "--config",
         str(stage.run_file),
     ]
-    return Command(argv, _threads(stage))
+    # torchrun would kill its ranks after 30 s; that of a rank that does not end, the others' end sees to.
+    patience = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    return Command(argv, {**_threads(stage), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience})
 
 
 def deepspeed(stage: Stage, launch: Launch) -> Command:

@@ -11,7 +11,7 @@ from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
 from megatron_tokenformer.training.metrics import FINISHED, INTERRUPTED
 
-# Changing these changes how a stage is trained, not what comes out of it.
+# Changing these changes how a stage is trained and not what comes out of it, or answers a setback.
 FREE_SETTINGS = (
     "run_dir",
     "parallel.",

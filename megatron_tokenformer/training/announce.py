@@ -40,6 +40,8 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
     run.log.say(
         f"{parameter_count(config.model):,} parameters ({what}), {run.engine.precision}; {run.layout}"
     )
+    for line in timeout_warnings(config):
+        run.log.say(line)
     run.log.say(describe_operations(config, run.layout, run.engine.precision))
     run.log.say(describe_pipeline(config, run.accumulation))
     if restored:
@@ -61,6 +63,17 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
         run.log.say(line)
     if run.eod_id is not None:
         run.log.say(f"token id {run.eod_id} ends documents")
+
+
+def timeout_warnings(config: RunConfig) -> list[str]:
+    """Where a collective would time out before the watchdog tells the stacks of all ranks."""
+    limit = config.parallel.timeout_minutes
+    return [
+        f"warning: training.{name}={minutes:g} is not below parallel.timeout_minutes={limit:g}: where ranks "
+        f"wait for each other, a stuck run would end without their stacks"
+        for name in ("step_timeout_minutes", "slow_timeout_minutes")
+        if (minutes := getattr(config.training, name)) >= limit
+    ]
 
 
 def describe_operations(config: RunConfig, layout: Layout, precision: Precision) -> str:

@@ -24,16 +24,19 @@ from megatron_tokenformer.training.profiling import profiled
 from megatron_tokenformer.training.run import Run, open_run
 from megatron_tokenformer.training.schedule import learning_rate
 from megatron_tokenformer.training.setbacks import settle
-from megatron_tokenformer.training.signals import ignore_requests
+from megatron_tokenformer.training.signals import Requests, ignore_requests
 from megatron_tokenformer.training.stragglers import tell_stragglers
 from megatron_tokenformer.training.throughput import throughput
 
 
-def train(config: RunConfig, layout: Layout, profile_steps: int = 0) -> str | None:
+def train(
+    config: RunConfig, layout: Layout, profile_steps: int = 0, requests: Requests | None = None
+) -> str | None:
     """Run until `training.steps`, from the run's own newest checkpoint, or `checkpoint.load`, or the start.
 
     Args:
         profile_steps: so many steps are traced into RUN/profile.
+        requests: to leave, if somebody takes them already.
 
     Returns:
         Why it left before its end, all being saved, on every rank; None if it has all its steps.
@@ -42,7 +45,7 @@ def train(config: RunConfig, layout: Layout, profile_steps: int = 0) -> str | No
         UserError: data, checkpoint and configuration do not fit together, a save failed, or numbers went
             wrong too often.
     """
-    with open_run(config, layout) as run:
+    with open_run(config, layout, requests) as run:
         folder = Path(config.run_dir) / "profile"
         with profiled(profile_steps, folder, layout, run.log.say) as after_step:
             left = train_steps(run, after_step)
@@ -69,16 +72,16 @@ def train_steps(run: Run, after_step: Callable[[], bool] = lambda: False) -> str
     while progress.step < training.steps:
         with run.watchdog.limit(f"step {progress.step + 1}", minutes):
             loss = train_step(run, batches)
-        minutes = training.step_timeout_minutes
-        profiled |= after_step()
-        if settle(run):  # it went back to a checkpoint
-            save(run)
-            batches = open_batches(run, clock)
-            continue
-        run.continuity.stepped(progress.step, progress.position, loss)
-        if progress.step % training.log_interval == 0 or progress.step == training.steps:
-            log_step(run, loss.item(), clock.take(progress.step), profiled)
-            profiled = False
+            minutes = training.step_timeout_minutes
+            profiled |= after_step()
+            if settle(run):  # it went back to a checkpoint
+                save(run)
+                batches = open_batches(run, clock)
+                continue
+            run.continuity.stepped(progress.step, progress.position, loss)
+            if progress.step % training.log_interval == 0 or progress.step == training.steps:
+                log_step(run, loss.item(), clock.take(progress.step), profiled)
+                profiled = False
         leave = run.gate.leave if progress.step < training.steps else None
         if due(training.eval_interval, progress.step, training.steps):
             # It is made up for when the run goes on: who asked to leave may not wait for long.

@@ -10,6 +10,7 @@ from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError, run_cli
 from megatron_tokenformer.parallel.environment import find_processes, set_device_variables
 from megatron_tokenformer.parallel.telling import tell
 from megatron_tokenformer.quiet import quiet_imports
+from megatron_tokenformer.training.signals import requests_to_leave
 
 EPILOG = """\
 A run goes on from its own newest checkpoint in RUN_DIR/checkpoints; a new run starts from checkpoint.load if
@@ -63,13 +64,16 @@ def pretrain(config: RunConfig, profile_steps: int = 0) -> str | None:
     processes = find_processes()
     check_world(config, processes.world_size)
     set_device_variables(config.parallel)
-    # Imported when the configuration is known to be right: torch, DeepSpeed and megatron-core take seconds.
-    with quiet_imports():
-        from megatron_tokenformer.parallel import layout
-        from megatron_tokenformer.training.loop import train
+    with requests_to_leave(config.training.max_minutes) as requests:
+        # Imported when the configuration is known to be right: torch, DeepSpeed, megatron-core take seconds.
+        with quiet_imports():
+            from megatron_tokenformer.parallel import layout
+            from megatron_tokenformer.training.loop import train
 
-    left = train(config, layout.start(config.parallel, processes), profile_steps)
-    layout.stop()  # not after a failure: it would wait for ranks that still wait for this one
+        left = train(config, layout.start(config.parallel, processes), profile_steps, requests)
+        if left is not None:
+            layout.on_all_ranks(lambda: None)  # a launcher may end the others when the first has ended
+        layout.stop()  # not after a failure: it would wait for ranks that still wait for this one
     return left
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from megatron_tokenformer.training.metrics import MetricsLog
 from megatron_tokenformer.training.old_tokens import slow_old_tokens, slowed_rows
 from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.run_lock import only_run
-from megatron_tokenformer.training.signals import requests_to_leave
+from megatron_tokenformer.training.signals import Requests, requests_to_leave
 from megatron_tokenformer.training.watchdog import Watchdog
 
 
@@ -69,9 +69,17 @@ def checkpoint_folder(config: RunConfig) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
+def checkpoint_check(config: RunConfig) -> Callable[[Path], Manifest]:
+    """What a checkpoint must pass to be loaded: sizes, and hashes too with checkpoint.verify."""
+    return verify_checkpoint if config.checkpoint.verify else read_manifest
+
+
 @contextlib.contextmanager
-def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
+def open_run(config: RunConfig, layout: Layout, requests: Requests | None = None) -> Iterator[Run]:
     """Open everything that a run needs, cheap checks first; in the end wait for its save and close its log.
+
+    Args:
+        requests: to leave, if somebody takes them already; else they are taken here.
 
     Raises:
         UserError: data, checkpoint and configuration do not fit together.
@@ -82,7 +90,8 @@ def open_run(config: RunConfig, layout: Layout) -> Iterator[Run]:
     tokenizer = common_tokenizer(training_data, validation_data)
     eod_id = from_main_rank(lambda: find_eod_id(config))
     with contextlib.ExitStack() as held:
-        requests = held.enter_context(requests_to_leave(config.training.max_minutes))
+        if requests is None:
+            requests = held.enter_context(requests_to_leave(config.training.max_minutes))
         from_main_rank(lambda: held.enter_context(only_run(Path(config.run_dir))))
         # One rank decides for all: on a network file system each may see another newest checkpoint.
         # And it alone clears away what dead saves left, before it looks.
@@ -179,7 +188,7 @@ def find_restore_point(config: RunConfig, tokenizer: TokenizerRecord | None) -> 
         UserError: there is none where one was asked for or all are bad, or it is of another model or
             tokenizer.
     """
-    check = verify_checkpoint if config.checkpoint.verify else read_manifest
+    check = checkpoint_check(config)
     folder, load = checkpoint_folder(config), config.checkpoint.load
     own = store.complete_checkpoints(folder)
     if own:

@@ -11,7 +11,7 @@ from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import from_main_rank
 from megatron_tokenformer.training.health import Verdict
-from megatron_tokenformer.training.run import Run
+from megatron_tokenformer.training.run import Run, checkpoint_check
 
 NAMES = {"loss": "the loss is not finite", "gradient": "the gradient is not finite"}
 
@@ -124,7 +124,7 @@ def _restore_point(run: Run) -> tuple[Any, Manifest] | None:
 
     def find() -> tuple[Any, Manifest] | None:
         own = store.complete_checkpoints(run.folder)
-        return store.first_good(own[::-1]) if own else None
+        return store.first_good(own[::-1], checkpoint_check(run.config)) if own else None
 
     return from_main_rank(find)
 
@@ -139,7 +139,8 @@ def _go_back(run: Run, restored: tuple[Any, Manifest], row: dict[str, Any], why:
     left_out = [manifest.position, progress.position - 1]
     kept = {name: getattr(progress, name) for name in ("position", "skipped", "source_tokens")}
     kept["rollbacks"] = progress.rollbacks + 1
-    engine_state.load(deepspeed.module, deepspeed.optimizer, run.layout, path, manifest)
+    with run.watchdog.limit("going back to a checkpoint", run.config.training.slow_timeout_minutes):
+        engine_state.load(deepspeed.module, deepspeed.optimizer, run.layout, path, manifest)
     progress.go_back(manifest)
     for name, value in kept.items():
         setattr(progress, name, value)

@@ -18,11 +18,10 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from megatron_tokenformer.errors import ECHO_S
 from megatron_tokenformer.parallel import lifeline
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-ECHO_S = 2.0
-"""launchers pass on what a scheduler sends to all processes too: within this time it is the same request"""
 REASONS = ("SIGTERM", "SIGUSR1", "training.max_minutes")
 
 

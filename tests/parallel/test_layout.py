@@ -62,7 +62,7 @@ def test_every_group_has_the_timeout_of_the_config(tmp_path: object) -> None:
             {
                 "SLURM_PROCID": "3",
                 "SLURM_LOCALID": "1",
-                "SLURM_NTASKS": "4",
+                "SLURM_STEP_NUM_TASKS": "4",
                 "SLURM_STEP_NODELIST": "n[1-2]",
                 "SLURM_JOB_ID": "77",
                 "MASTER_ADDR": "n1",
@@ -80,7 +80,7 @@ def test_every_group_has_the_timeout_of_the_config(tmp_path: object) -> None:
             ("mpirun", 1, 1, 2),
         ),
         # A shell inside an allocation has the variables of a task that it is not.
-        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, ("no launcher", 0, 0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "4"}, ("no launcher", 0, 0, 1)),
     ],
 )
 def test_launchers_are_recognised(environment: dict[str, str], expected: tuple[str, int, int, int]) -> None:
@@ -92,7 +92,12 @@ def test_steps_of_slurm_meet_on_their_first_host_and_at_ports_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    task = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[04-05]"}
+    task = {
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NODELIST": "n[04-05]",
+    }
     found = [
         find_processes({**task, "SLURM_JOB_ID": job, "SLURM_STEP_ID": step})
         for job, step in (("7", "0"), ("7", "1"), ("70", "1"), ("7", "0"))

@@ -57,6 +57,21 @@ def test_a_rank_does_not_outlive_its_launcher(tmp_path: Path, ends: str, rank: s
     assert gone(process)
 
 
+def test_what_is_told_to_all_processes_at_once_is_one_request(tmp_path: Path) -> None:
+    """SLURM signals every process of a job; the machine passes the same on: what runs may still save."""
+    told = tmp_path / "told"
+    script = (
+        f"trap 'sleep 0.5; echo saved >> {told}; exit 85' TERM; echo $$ > {tmp_path / 'pid'}; sleep 60 & wait"
+    )
+    guard = subprocess.Popen([*GUARD, str(os.getpid()), "bash", "-c", script])
+    read_pid(tmp_path / "pid")
+    guard.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    guard.send_signal(signal.SIGUSR1)
+    assert guard.wait(timeout=20) == 85
+    assert told.read_text() == "saved\n"
+
+
 def test_a_rank_does_not_outlive_a_machine_that_is_killed(tmp_path: Path) -> None:
     rank_file = tmp_path / "rank"
     script = f"sleep 60 & echo $! > {rank_file}; wait"

@@ -24,6 +24,7 @@ watchdog.PATIENCE_S, watchdog.TICK_S, watchdog.BACKSTOP_S = 0.0, 0.05, 1.0
 def wait_for_a_rank_that_never_comes():
     if sys.argv[1] == "holding the interpreter":
         import ctypes
+        time.sleep(1.0)  # the thread must have looked once: it sets faulthandler's clock
         ctypes.PyDLL(None).sleep(60)
     time.sleep(60)
 with watchdog.Watchdog(3) as watch:
@@ -32,14 +33,17 @@ with watchdog.Watchdog(3) as watch:
             pass
     time.sleep(0.3)
     print("nothing is watched", flush=True)
-    with watch.limit("step 7", 0.002):
+    with watch.limit("step 7", float(sys.argv[2])):
         wait_for_a_rank_that_never_comes()
 """
 
 
-@pytest.mark.parametrize("how, code", [("waiting", 86), ("holding the interpreter", 1)])
-def test_what_takes_too_long_ends_the_process_with_its_stacks(how: str, code: int) -> None:
-    done = subprocess.run([sys.executable, "-c", STUCK, how], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize(
+    "how, minutes, code", [("waiting", "0.002", 86), ("holding the interpreter", "0.1", 1)]
+)
+def test_what_takes_too_long_ends_the_process_with_its_stacks(how: str, minutes: str, code: int) -> None:
+    command = [sys.executable, "-c", STUCK, how, minutes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout == "nothing is watched\n"
     assert done.returncode == code, done.stderr
     assert "in wait_for_a_rank_that_never_comes" in done.stderr
