@@ -97,6 +97,6 @@ class Progress:
             tokenizer=self.tokenizer,
             source_tokens=self.source_tokens,
             recent_losses=list(self.recent_losses),
-            setbacks={name: getattr(self, name) for name in SETBACKS},
+            setbacks={name: count for name in SETBACKS if (count := getattr(self, name))},
             owes_evaluation=self.owes_evaluation,
         )
