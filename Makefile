@@ -26,10 +26,10 @@ test: $(DEVELOPMENT)
 
 test-cluster: $(DEVELOPMENT)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m tests.cluster.needs
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -m cluster tests/cluster
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m cluster tests/cluster
 
 test-faults: $(DEVELOPMENT)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -m faults tests/faults
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m faults tests/faults
 
 lint: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,13 +15,16 @@ from tqdm import tqdm
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.training.phases import shares
 
 METRICS = "metrics.jsonl"
 FINISHED = "finished.json"
 """the record of a run that has all its steps; launchers' exit codes do not prove it"""
 INTERRUPTED = "interrupted.json"
 """the record of a run that was asked to leave, and saved; it stays until the run is started again"""
+
+
+PHASES = ("data", "forward", "backward", "reduction", "pipeline", "optimizer")
+"""of a step, as `phases.py` measures them; a row has `data_time_s` and so on"""
 
 
 class Sink(Protocol):
@@ -126,6 +130,13 @@ class MetricsLog:
             self._file.flush()
             for sink in self._sinks:
                 sink.log(row, row["step"])
+
+
+def shares(row: Mapping[str, Any]) -> str:
+    """Each phase's share of the step in a row, such as `data 0, forward 31, backward 52 %`."""
+    phases = [name for name in PHASES if f"{name}_time_s" in row]
+    parts = [f"{name} {100 * row[f'{name}_time_s'] / row['step_time_s']:.0f}" for name in phases]
+    return ", ".join(parts) + " %"
 
 
 def drop_rows_after(path: Path, step: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 Mark = Any
 """a point in time: seconds of the host, or an event on the device's stream"""
 
-PHASES = {
+INSTRUCTIONS = {
     "forward": (schedule.ForwardPass,),
     "backward": (schedule.BackwardPass,),
     "reduction": (schedule.ReduceGrads, schedule.ReduceTiedGrads),
@@ -52,9 +52,9 @@ class StepClock:
         self._spans: dict[str, list[tuple[Mark, Mark]]] = defaultdict(list)
 
     def watch(self, engine: Engine) -> None:
-        """Measure the `PHASES` of every step from now on."""
+        """Measure the phases of every step from now on."""
         instructions = dict(engine.deepspeed._INSTRUCTION_MAP)
-        for phase, kinds in PHASES.items():
+        for phase, kinds in INSTRUCTIONS.items():
             for kind in kinds:
                 instructions[kind] = self._timed(phase, instructions[kind])
         engine.deepspeed._INSTRUCTION_MAP = instructions
@@ -94,13 +94,6 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def shares(row: Mapping[str, Any]) -> str:
-    """Each phase's share of the step in what `take` gave, such as `data 0, forward 31, backward 52 %`."""
-    phases = [name for name in ("data", *PHASES) if f"{name}_time_s" in row]
-    parts = [f"{name} {100 * row[f'{name}_time_s'] / row['step_time_s']:.0f}" for name in phases]
-    return ", ".join(parts) + " %"
 
 
 def _seconds(begun: Mark, ended: Mark) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,13 @@ def test_a_stage_that_does_not_grow_is_refused(schedule: Tree, write: Write) -> 
     schedule["stages"][2]["config"]["model"] = schedule["stages"][1]["config"]["model"]
     with pytest.raises(UserError, match="stage 'c': grown from 'b': nothing grows"):
         load_plan(write(schedule))
+
+
+def test_the_stage_machine_imports_no_framework() -> None:
+    """It waits for days beside the ranks, and starts in a moment."""
+    program = (
+        "import sys, megatron_tokenformer.progressive.__main__, megatron_tokenformer.progressive.stages;"
+        "print({'torch', 'deepspeed', 'megatron'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
