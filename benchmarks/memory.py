@@ -26,12 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from megatron_tokenformer.config.estimate import POLICIES
 from megatron_tokenformer.config.schema import Model, Tokens
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.model.tokenformer import TokenformerLayer
 from megatron_tokenformer.parallel.collectives import TensorParallel
 
-POLICIES = ("none", "scores", "layer")
 FIGURES = {"kept": "kept", "peak": "peak", "peak_with_gradients": "peak with gradients of parameters"}
 """of each policy and size, and what the tables call them"""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -24,8 +24,8 @@ def layer_activations(config: RunConfig, recompute: str) -> int:
         recompute: `none`, `scores` (nothing kept depends on the number of parameter tokens) or `layer`.
     """
     if recompute == "layer":
-        return _between(config)
-    of_layer = _transformer_keeps if _is_dense(config) else _tokenformer_keeps
+        return between(config)
+    of_layer = _transformer_keeps if config.model.is_dense else _tokenformer_keeps
     return of_layer(config, recompute) + _attention_keeps(config)
 
 
@@ -34,7 +34,7 @@ def _tokenformer_keeps(config: RunConfig, recompute: str) -> int:
     element, tokens = ELEMENT[resolved_precision(config)], micro_batch_tokens(config)
     # What both norms and the three inputs of Pattentions (q, k and v share one) are computed from, and v.
     # Over ranks v is in one block with q and k as they were.
-    kept = 2 * _between(config) + 3 * _inside(config) + (3 if tensor > 1 else 1) * _inside(config) // tensor
+    kept = 2 * between(config) + 3 * _inside(config) + (3 if tensor > 1 else 1) * _inside(config) // tensor
     # Of each row of scores its stats; of both norms mean and deviation.
     stats = 2 if model.score_norm == "softmax" else 1
     kept += FP32 * 5 * stats * tokens + 2 * 2 * element * tokens_between(config)
@@ -47,7 +47,7 @@ def _transformer_keeps(config: RunConfig, recompute: str) -> int:
     model, tensor = config.model, config.parallel.tensor
     element = ELEMENT[resolved_precision(config)]
     # What both norms are computed from, what they give, q, k and v in one block, and what heads give, joined.
-    kept = 2 * _between(config) + 2 * _inside(config) + 4 * _inside(config) // tensor
+    kept = 2 * between(config) + 2 * _inside(config) + 4 * _inside(config) // tensor
     # What is four times as wide, before GELU and after; and the weights of q, k and v, joined.
     kept += 8 * _inside(config) // tensor + element * 3 * model.hidden_size**2 // tensor
     return kept + 2 * 2 * element * tokens_between(config)
@@ -76,7 +76,7 @@ def backward_at_work(config: RunConfig, recompute: str, chunk_scores: int = CHUN
         chunk_scores: the most scores of one projection at a time, with `scores`.
     """
     output_and_gradient = 2 * _inside(config)
-    if _is_dense(config):
+    if config.model.is_dense:
         return output_and_gradient + _mlp_at_work(config)
     tokens, tensor = config.model.tokens, config.parallel.tensor
     sizes = ((3, tokens.qkv), (1, tokens.output), (1, tokens.ffn))
@@ -131,7 +131,7 @@ def tokens_between(config: RunConfig) -> int:
     return micro_batch_tokens(config) // (config.parallel.tensor if config.parallel.sequence else 1)
 
 
-def _between(config: RunConfig) -> int:
+def between(config: RunConfig) -> int:
     """Bytes of one activation between Pattentions, or between what is split of a dense layer."""
     return ELEMENT[resolved_precision(config)] * config.model.hidden_size * tokens_between(config)
 
@@ -139,7 +139,3 @@ def _between(config: RunConfig) -> int:
 def _inside(config: RunConfig) -> int:
     """Bytes of one of the whole micro-batch."""
     return ELEMENT[resolved_precision(config)] * config.model.hidden_size * micro_batch_tokens(config)
-
-
-def _is_dense(config: RunConfig) -> bool:
-    return config.model.architecture == "transformer"

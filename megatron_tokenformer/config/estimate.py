@@ -283,7 +283,7 @@ def settings(config: RunConfig, gpus: int, hardware: Hardware) -> Iterator[Estim
         return
     for size in _divisors(sequences, most=max(1, LARGEST_MICRO_BATCH // config.data.sequence_length)):
         for recompute in POLICIES:
-            if recompute == "scores" and config.model.architecture == "transformer":
+            if recompute == "scores" and config.model.is_dense:
                 continue  # it has none
             training = config.training.model_copy(update={"micro_batch_size": size, "recompute": recompute})
             yield estimate(config.model_copy(update={"training": training}), gpus, hardware)

@@ -112,7 +112,7 @@ def check_has_tokens(model: Model, what: str) -> None:
     Raises:
         UserError: it is one.
     """
-    if model.architecture == "transformer":
+    if model.is_dense:
         raise UserError(
             f"{what} is of parameter tokens, and model.architecture=transformer has none; "
             f"a checkpoint of architecture tokenformer would work"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from megatron_tokenformer.config.activations import (
     backward_at_work,
+    between,
     document_mask,
     layer_activations,
     logits,
-    tokens_between,
 )
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import resolved_precision
@@ -47,8 +47,7 @@ def activations(config: RunConfig, stage: int, micro_batches: int) -> dict[str, 
     """
     stages = config.parallel.pipeline
     under_way = min(stages - stage, micro_batches)
-    element, recompute = ELEMENT[resolved_precision(config)], config.training.recompute
-    between = element * config.model.hidden_size * tokens_between(config)
+    recompute = config.training.recompute
     layers = stage_layers(config)[stage]
     found = {
         "activations": under_way * layers * layer_activations(config, recompute),
@@ -64,7 +63,7 @@ def activations(config: RunConfig, stage: int, micro_batches: int) -> dict[str, 
         found["logits"] = logits(config)
     if stages > 1:
         # What came and what went of each micro-batch under way, and the buffers for what comes.
-        found["stage borders"] = between * (2 * max(under_way, 2) + 2)
+        found["stage borders"] = between(config) * (2 * max(under_way, 2) + 2)
     return found
 
 
@@ -83,6 +82,5 @@ def fullest_stage(config: RunConfig, data_ranks: int, micro_batches: int) -> tup
 
 def _largest_parameter(config: RunConfig) -> int:
     model = config.model
-    dense = model.architecture == "transformer"
-    rows = 4 * model.hidden_size if dense else max(model.tokens.model_dump().values())
+    rows = 4 * model.hidden_size if model.is_dense else max(model.tokens.model_dump().values())
     return max(model.vocab_size, rows) // config.parallel.tensor * model.hidden_size

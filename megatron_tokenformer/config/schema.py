@@ -77,6 +77,11 @@ class Model(Section):
     layer_norm_eps: float = Field(1e-5, gt=0.0)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether its layers are a dense Transformer's."""
+        return self.architecture == "transformer"
+
+    @property
     def head_size(self) -> int:
         """Channels of one attention head."""
         return self.hidden_size // self.attention_heads
@@ -102,7 +107,7 @@ class Model(Section):
     @model_serializer(mode="wrap")
     def _without_what_it_has_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         tree: dict[str, Any] = dump(self)
-        if self.architecture == "transformer":
+        if self.is_dense:
             tree = {key: value for key, value in tree.items() if key not in TOKENFORMER_KEYS}
         return tree
 
@@ -339,7 +344,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _a_transformer_has_neither_scores_nor_old_tokens(self) -> RunConfig:
-        if self.model.architecture == "transformer":
+        if self.model.is_dense:
             if self.training.recompute == "scores":
                 raise ValueError(
                     "training.recompute=scores is of a tokenformer, and model.architecture=transformer; "

@@ -72,12 +72,12 @@ def chunk_rows(tokens: int, chunk_scores: int = CHUNK_SCORES) -> int:
 def product_weights(model: Model) -> int:
     """Numbers of one layer's matrices: K and V of its Pattentions, or a dense layer's 12 d^2."""
     d = model.hidden_size
-    return 12 * d**2 if model.architecture == "transformer" else 2 * d * pattention_tokens(model)
+    return 12 * d**2 if model.is_dense else 2 * d * pattention_tokens(model)
 
 
 def norm_weights(model: Model) -> int:
     """Gains and biases of one layer: a dense layer's two norms have them, a Tokenformer's have none."""
-    return 4 * model.hidden_size if model.architecture == "transformer" else 0
+    return 4 * model.hidden_size if model.is_dense else 0
 
 
 def parameter_count(model: Model) -> int:

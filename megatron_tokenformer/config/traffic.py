@@ -165,7 +165,7 @@ def tensor_traffic(config: RunConfig, precision: str, stage: int) -> list[Traffi
     # With `layer` the backward pass runs the layer forward again, collectives and all.  With `scores` it only
     # makes products again.
     again = 2 if config.training.recompute == "layer" else 1
-    if model.architecture == "transformer":
+    if model.is_dense:
         rows = transformer_rows(*shape)
     else:
         rows = tokenformer_rows(*shape, model.score_norm)

@@ -24,7 +24,7 @@ def build_layer(
     model: Model, ranks: TensorParallel, index: int, recompute_scores: bool = False
 ) -> TokenformerLayer | TransformerLayer:
     """Layer `index` of the model's architecture; `recompute_scores` is of Pattentions alone."""
-    if model.architecture == "transformer":
+    if model.is_dense:
         return TransformerLayer(model, ranks, index)
     return TokenformerLayer(model, ranks, index, recompute_scores)
 

@@ -45,7 +45,7 @@ def constant_tau(value: float) -> TauSchedule:
 
 def initial_taus(model: Model) -> Taus:
     """sqrt(n) for each role: what a model starts with."""
-    if model.architecture == "transformer":
+    if model.is_dense:
         return {}
     return {role: constant_tau(math.sqrt(getattr(model.tokens, role))) for role in ROLES}
 

@@ -41,6 +41,8 @@ class Layout:
     """Where this process stands: its coordinates, its tensor-parallel ranks, its device."""
 
     processes: Processes
+    hosts: tuple[str, ...]
+    """of all ranks, in order"""
     tensor: TensorParallel
     topology: PipeModelDataParallelTopology
     pipeline_rank: int
@@ -86,7 +88,7 @@ def start(parallel: Parallel, processes: Processes) -> Layout:
     # torch 2.13 renames collectives that DeepSpeed, and we for the sake of 2.11, call by their old names.
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
-    meeting = _meet(parallel, processes) if processes.world_size > 1 else None
+    meeting, hosts = _meet(parallel, processes)
     if processes.launcher == "srun" and torch.cuda.device_count() == 1:
         processes = replace(processes, local_rank=0)  # --gpus-per-task shows each task its own GPU only
     device = _device(processes)
@@ -100,7 +102,7 @@ def start(parallel: Parallel, processes: Processes) -> Layout:
             distributed_timeout_minutes=parallel.timeout_minutes,
             create_gloo_process_groups=False,
         )
-    return _locate(parallel, processes, device, timeout)
+    return _locate(parallel, processes, hosts, device, timeout)
 
 
 def stop() -> None:
@@ -176,15 +178,21 @@ def _device(processes: Processes) -> torch.device:
     return torch.device("cuda", processes.local_rank)
 
 
-def _meet(parallel: Parallel, processes: Processes) -> dist.Store:
-    """Wait for all processes, connect them for bad news, and show the layout: before any collective."""
+def _meet(parallel: Parallel, processes: Processes) -> tuple[dist.Store | None, list[str]]:
+    """Wait for all processes, connect them for bad news, and show the layout: before any collective.
+
+    Returns:
+        The store that they met in, if they are several, and the hosts of all ranks.
+    """
+    if processes.world_size == 1:
+        return None, [socket.gethostname()]
     patience = timedelta(minutes=parallel.join_minutes)
     store = open_store(processes, patience)
     hosts = roll_call(store, processes, patience)
     if processes.rank == 0:
         print("\n".join(describe_placement(hosts, parallel, processes.launcher)), flush=True)
     lifeline.start(store, processes, hosts)
-    return store
+    return store, hosts
 
 
 def _join(processes: Processes, device: torch.device, timeout: timedelta) -> None:
@@ -213,7 +221,9 @@ def _join(processes: Processes, device: torch.device, timeout: timedelta) -> Non
         ) from None
 
 
-def _locate(parallel: Parallel, processes: Processes, device: torch.device, timeout: timedelta) -> Layout:
+def _locate(
+    parallel: Parallel, processes: Processes, hosts: list[str], device: torch.device, timeout: timedelta
+) -> Layout:
     data_size = processes.world_size // (parallel.tensor * parallel.pipeline)
     topology = PipeModelDataParallelTopology(
         num_pp=parallel.pipeline, num_mp=parallel.tensor, num_dp=data_size
@@ -234,6 +244,7 @@ def _locate(parallel: Parallel, processes: Processes, device: torch.device, time
     )
     return Layout(
         processes=processes,
+        hosts=tuple(hosts),
         tensor=tensor,
         topology=topology,
         pipeline_rank=here.pipe,

@@ -73,7 +73,7 @@ def stage_results(plan: Plan, journal: Journal) -> list[StageResult]:
         train, rows = journal.action(stage.name, "train"), evaluations(stage)
         previous = plan.stages[index - 1] if index else None
         model = stage.config.model
-        tokens = () if model.architecture == "transformer" else tuple(model.tokens.model_dump().values())
+        tokens = () if model.is_dense else tuple(model.tokens.model_dump().values())
         results.append(
             StageResult(
                 name=stage.name,

@@ -35,7 +35,7 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
         (Path(config.run_dir) / record).unlink(missing_ok=True)
     replace_durably(Path(config.run_dir) / "config.yaml", dump_config(config))
     tokens = config.model.tokens
-    dense = config.model.architecture == "transformer"
+    dense = config.model.is_dense
     what = "dense transformer" if dense else f"{tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per layer"
     run.log.say(
         f"{parameter_count(config.model):,} parameters ({what}), {run.engine.precision}; {run.layout}"

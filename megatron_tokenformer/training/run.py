@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +54,6 @@ class Run:
     continuity: Continuity
     gate: Gate
     watchdog: Watchdog
-    hosts: list[str]
-    """of all ranks"""
 
     @property
     def folder(self) -> Path:
@@ -85,7 +82,6 @@ def open_run(config: RunConfig, layout: Layout, requests: Requests | None = None
         UserError: data, checkpoint and configuration do not fit together.
     """
     accumulation = check_world(config, layout.processes.world_size)
-    hosts = on_all_ranks(socket.gethostname)
     training_data, validation_data = _open_data_everywhere(config)
     tokenizer = common_tokenizer(training_data, validation_data)
     eod_id = from_main_rank(lambda: find_eod_id(config))
@@ -117,7 +113,7 @@ def open_run(config: RunConfig, layout: Layout, requests: Requests | None = None
             Watchdog(layout.rank) as watchdog,
         ):
             data = (training_data, validation_data, eod_id)
-            guards = (continuity, gate, watchdog, hosts)
+            guards = (continuity, gate, watchdog)
             run = Run(config, layout, engine, accumulation, *data, progress, log, saver, *guards)
             announce(run, restored)
             yield run

@@ -33,7 +33,7 @@ def tell_stragglers(run: Run, times: Mapping[str, float]) -> dict[str, float]:
     found = find_stragglers(own, stages, times["step_time_s"], run.config.training.straggler_factor)
     for rank, usual in found.items():
         run.log.say(
-            f"warning: rank {rank} on {run.hosts[rank]} is slow: {own[rank] * 1000:,.0f} ms of a step are "
+            f"warning: rank {rank} on {layout.hosts[rank]} is slow: {own[rank] * 1000:,.0f} ms of a step are "
             f"its own work, {usual * 1000:,.0f} ms its peers'"
         )
     if not found:
