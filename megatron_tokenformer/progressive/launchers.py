@@ -19,6 +19,7 @@ from megatron_tokenformer.progressive.plan import Stage
 from megatron_tokenformer.progressive.schema import Launch
 
 TRAINER = "megatron_tokenformer.training.pretrain"
+GROWER = "megatron_tokenformer.commands.grow_checkpoint"
 REMOTE_SECONDS = 90.0  # network file systems keep what they know of a folder for up to a minute
 
 
@@ -124,16 +125,9 @@ LAUNCHERS: dict[str, Launcher] = {"local": local, "deepspeed": deepspeed, "srun"
 
 
 def grow_command(stage: Stage, source: Path) -> Command:
-    """Grow the checkpoint `source` into the stage's start.
-
-    Raises:
-        UserError: the package is installed without the repository's tools.
-    """
-    tool = Path(__file__).parents[2] / "tools" / "grow_checkpoint.py"
-    if not tool.is_file():
-        raise UserError(f"{tool} is not there; run from a checkout of the repository (pip install -e .)")
+    """Grow the checkpoint `source` into the stage's start."""
     growth = stage.growth
-    argv = [sys.executable, str(tool), "--load", str(source)]
+    argv = [sys.executable, "-m", GROWER, "--load", str(source)]
     argv += ["--config", str(stage.run_file), "--save", str(stage.grown)]
     argv += ["--tau", growth.tau, "--keys", growth.keys, "--values", growth.values]
     argv += ["--optimizer", growth.optimizer]

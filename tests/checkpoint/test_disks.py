@@ -16,12 +16,12 @@ import pytest
 
 from benchmarks.growth import write_checkpoint
 from megatron_tokenformer.checkpoint.store import complete_checkpoints
+from megatron_tokenformer.commands.grow_checkpoint import main
 from megatron_tokenformer.errors import run_cli
 from megatron_tokenformer.parallel.layout import Layout
 from tests.checkpoint.saves import manifest, open_saver, state, stored_value
 from tests.ranks import run_ranks
 from tests.toy import toy_config
-from tools.grow_checkpoint import main
 
 NOBODY = 65534
 PAGE = 4096

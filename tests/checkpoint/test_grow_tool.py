@@ -16,13 +16,13 @@ import torch
 from benchmarks.growth import write_checkpoint
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
+from megatron_tokenformer.commands.grow_checkpoint import main
 from megatron_tokenformer.config.load import dump_config, load_config, merge
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
 from tests.checkpoint.test_damage import edited
 from tests.checkpoint.test_grow import values
 from tests.toy import toy_config
-from tools.grow_checkpoint import main
 
 LARGER = "qkv=96,output=32,ffn=200"
 NAME = "layers.1.ffn.value_tokens"

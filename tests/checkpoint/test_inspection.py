@@ -16,12 +16,12 @@ from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_tokenformer.checkpoint.shrink import carry_out, plan_shrink
 from megatron_tokenformer.checkpoint.store import LATEST
+from megatron_tokenformer.commands.inspect_checkpoint import main
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
 from tests.checkpoint.test_damage import edited
 from tests.toy import toy_config
-from tools.inspect_checkpoint import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST = "layers.1.ffn.key_tokens"
@@ -219,6 +219,6 @@ def test_what_a_stranger_wrote_commands_no_terminal(folder: Path, capsys: pytest
 
 def test_looking_needs_neither_torch_nor_deepspeed() -> None:
     heavy = "{'torch', 'deepspeed', 'megatron.core', 'safetensors'} & sys.modules.keys()"
-    code = f"import sys, tools.inspect_checkpoint; print({heavy})"
+    code = f"import sys, megatron_tokenformer.commands.inspect_checkpoint; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "set()\n"

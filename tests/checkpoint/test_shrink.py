@@ -14,6 +14,7 @@ from megatron_tokenformer.checkpoint import shrink
 from megatron_tokenformer.checkpoint.manifest import STATES, read_manifest
 from megatron_tokenformer.checkpoint.shards import verify_checkpoint
 from megatron_tokenformer.checkpoint.store import find_checkpoint
+from megatron_tokenformer.commands.grow_checkpoint import main
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation
@@ -22,7 +23,6 @@ from tests.checkpoint.test_grow import values
 from tests.checkpoint.test_grow_tool import last_line
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy, write_tokens
-from tools.grow_checkpoint import main
 
 FEWER = "qkv=9,output=16,ffn=40"
 LARGER = "qkv=32,output=24,ffn=96"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tokenformer.commands.estimate import main
 from megatron_tokenformer.config.estimate import (
     Hardware,
     assumptions,
@@ -22,7 +23,6 @@ from megatron_tokenformer.config.estimate import (
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.sizes import FORMULAS
 from megatron_tokenformer.errors import UserError
-from tools.estimate import main
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/tokenformer-1.4b.yaml")
@@ -241,7 +241,8 @@ def test_help_tells_how_a_schedule_is_changed(capsys: pytest.CaptureFixture[str]
 
 
 def test_it_starts_without_torch() -> None:
-    program = "import sys, tools.estimate; print({'torch', 'deepspeed'} & set(sys.modules))"
+    imported = "megatron_tokenformer.commands.estimate"
+    program = f"import sys, {imported}; print({{'torch', 'deepspeed'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 

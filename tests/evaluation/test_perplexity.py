@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
+from megatron_tokenformer.commands.evaluate import main
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.indexed import TokenFile, TokenFileWriter
 from megatron_tokenformer.errors import UserError
@@ -35,7 +36,6 @@ from tests.checkpoint.test_grow import values
 from tests.descriptions import describe
 from tests.ranks import run_ranks
 from tests.toy import VOCABULARY, toy_config, train_toy, write_documents, write_tokens
-from tools.evaluate import main
 
 LENGTH = 32
 CPU = torch.device("cpu")
@@ -313,7 +313,8 @@ def test_what_cannot_be_evaluated_is_refused_in_words(
 def test_one_process_needs_neither_deepspeed_nor_megatron(trained: RunConfig) -> None:
 
     code = (
-        "import sys; from tools.evaluate import main; assert main(sys.argv[1:]) == 0; "
+        "import sys; from megatron_tokenformer.commands.evaluate import main; "
+        "assert main(sys.argv[1:]) == 0; "
         "assert not {'deepspeed', 'megatron'} & sys.modules.keys()"
     )
     words = ["--load", trained.run_dir, "--data", trained.data.validation[0][1]]

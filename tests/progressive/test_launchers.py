@@ -17,6 +17,7 @@ from megatron_tokenformer.progressive.plan import Plan, load_plan
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
 TRAINER = "megatron_tokenformer.training.pretrain"
+GROWER = "megatron_tokenformer.commands.grow_checkpoint"
 
 
 def command(plan: Plan, launcher: str) -> Command:
@@ -82,8 +83,8 @@ def test_the_growth_command(schedule: Tree, write: Write) -> None:
     stage = load_plan(write(schedule)).stages[1]
     words = grow_command(stage, Path("from")).argv
     folder = str(stage.folder)
-    assert Path(words[1]).parts[-2:] == ("tools", "grow_checkpoint.py")
-    assert words[2:] == [
+    assert words[:3] == [sys.executable, "-m", GROWER]
+    assert words[3:] == [
         *("--load", "from", "--config", f"{folder}/run.yaml", "--save", f"{folder}/init"),
         *("--tau", "anneal", "--keys", "zero", "--values", "normal", "--optimizer", "reset"),
         *("--tau-steps", "5"),
