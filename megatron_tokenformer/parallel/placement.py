@@ -50,9 +50,14 @@ def describe_placement(hosts: Sequence[str], parallel: Parallel, launcher: str) 
 
 def ranges(numbers: Iterable[int]) -> str:
     """Numbers in a few words: `0-3, 8`."""
+    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in spans(numbers))
+
+
+def spans(numbers: Iterable[int]) -> list[list[int]]:
+    """Different numbers as the first and the last of each run of neighbours, in order."""
     runs = itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
-    spans = [[number for _, number in run] for _, run in runs]
-    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+    joined = [[number for _, number in run] for _, run in runs]
+    return [[run[0], run[-1]] for run in joined]
 
 
 def _held(ranks: list[int], tensor: int, data: int) -> str:

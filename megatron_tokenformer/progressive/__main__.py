@@ -10,7 +10,7 @@ import argparse
 import shlex
 
 from megatron_tokenformer.errors import UserError, run_cli
-from megatron_tokenformer.progressive.chain import job_files, submission, submit
+from megatron_tokenformer.progressive.chain import job_files, requeued_if_left, submission, submit
 from megatron_tokenformer.progressive.journal import read_journal
 from megatron_tokenformer.progressive.launchers import LAUNCHERS, grow_command
 from megatron_tokenformer.progressive.lock import exclusive
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.dry_run:
         print(dry_run(plan, read_journal(plan.folder), launcher, grow_command))
         return 0
-    with exclusive(plan.folder) as lock:
+    with exclusive(plan.folder) as lock, requeued_if_left(given.requeue):
         run_stages(Machine(plan, launcher, grow_command, read_journal(plan.folder), lock, given.stage))
         _report(plan)
     return 0
@@ -71,6 +71,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     launchers = [*LAUNCHERS, CHAIN]
     add("--launcher", choices=launchers, default="local", help="what starts processes (default: local)")
     add("--stage", metavar="NAME", help="bring this stage alone to its end; the ones before must be done")
+    requeue = "when asked to leave (exit code 85), put the SLURM job that this is back into the queue"
+    add("--requeue", action="store_true", help=requeue)
     add("--dry-run", action="store_true", help="print the commands that are left, and do nothing")
     add("--report-only", action="store_true", help="write the report of what is done so far, and do nothing")
     add("overrides", nargs="*", metavar="key=value", help="changes to the schedule")

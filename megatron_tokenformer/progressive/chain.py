@@ -6,11 +6,14 @@ journal is kept as ever, and a job that starts again goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -63,6 +66,35 @@ def submission(job_file: Path, before: str | None) -> list[str]:
     return ["sbatch", "--parsable", f"--dependency={after}", str(job_file)]
 
 
+@contextlib.contextmanager
+def requeued_if_left(wanted: bool) -> Iterator[None]:
+    """If what is inside leaves because it was asked to, the SLURM job around it goes back into the queue.
+
+    Here rather than in the job's script, so that this process can be all of the script: SLURM then gives it
+    the signals that are for the script, and a growth, which is no step of the job, hears of them too.
+
+    Args:
+        wanted: else nothing is done.
+
+    Raises:
+        UserError: this is no SLURM job; or what is inside left, as it says, and SLURM would not take it back.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if wanted and job is None:
+        raise UserError("--requeue is for a command in a SLURM job, and this is none")
+    try:
+        yield
+    except UserError as error:
+        if wanted and error.exit_code == TO_BE_CONTINUED:
+            # SLURM ends what it takes back; the reason is to be told first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
+            if done.returncode:
+                why = f"{error}; scontrol requeue {job} failed: {done.stderr.strip()}"
+                raise UserError(why, TO_BE_CONTINUED) from None
+        raise
+
+
 def job_files(
     plan: Plan, journal: Journal, schedule: str, overrides: Sequence[str]
 ) -> list[tuple[Stage, Path, str]]:
@@ -91,26 +123,19 @@ def job_script(plan: Plan, stage: Stage, schedule: str, overrides: Sequence[str]
         "partition": wants.partition,
         "account": wants.account,
         "time": wants.time,
-        "signal": f"USR1@{NOTICE_S}",
+        "signal": f"B:USR1@{NOTICE_S}",
         "chdir": Path.cwd(),
         "output": stage.folder / "job-%j.log",
         "open-mode": "append",
         "kill-on-invalid-dep": "yes",
     }
     machine = [sys.executable, "-m", "megatron_tokenformer.progressive", "--launcher", "srun"]
-    machine += ["--config", str(Path(schedule).absolute()), "--stage", stage.name, *overrides]
+    machine += ["--requeue", "--config", str(Path(schedule).absolute()), "--stage", stage.name, *overrides]
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH --{key}={_quoted(value)}" for key, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in wants.extra)]
-    lines += [
-        "set -eo pipefail",
-        *wants.setup,
-        "code=0",
-        f"{shlex.join(machine)} || code=$?",
-        f"# {TO_BE_CONTINUED}: the training was told to leave, and has saved",
-        f'if [ "$code" = {TO_BE_CONTINUED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
-        'exit "$code"',
-    ]
+    # The shell becomes the machine, and what SLURM signals to the shell reaches it.
+    lines += ["set -eo pipefail", *wants.setup, f"exec {shlex.join(machine)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -20,6 +20,8 @@ from megatron_tokenformer.progressive.schema import Launch
 
 TRAINER = "megatron_tokenformer.training.pretrain"
 GROWER = "megatron_tokenformer.commands.grow_checkpoint"
+SSH_PATIENCE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=6"
+"""without it ssh waits for ever for a host that has lost power or network"""
 REMOTE_SECONDS = 90.0  # network file systems keep what they know of a folder for up to a minute
 
 
@@ -91,7 +93,11 @@ def deepspeed(stage: Stage, launch: Launch) -> Command:
     if launch.hostfile is not None:
         argv += ["--hostfile", launch.hostfile, "--num_nodes", str(stage.nodes)]
     argv += ["--master_port", str(free_port()), "--module", TRAINER, "--config", str(stage.run_file)]
-    return Command(argv, _threads(stage), settle_seconds=REMOTE_SECONDS if launch.hostfile else 0.0)
+    if launch.hostfile is None:
+        return Command(argv, _threads(stage))
+    patience = os.environ.get("PDSH_SSH_ARGS_APPEND", SSH_PATIENCE)
+    variables = {**_threads(stage), "PDSH_SSH_ARGS_APPEND": patience}
+    return Command(argv, variables, settle_seconds=REMOTE_SECONDS)
 
 
 def srun(stage: Stage, launch: Launch) -> Command:

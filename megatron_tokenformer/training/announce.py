@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.config.load import dump_config
@@ -37,9 +38,8 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
     tokens = config.model.tokens
     dense = config.model.is_dense
     what = "dense transformer" if dense else f"{tokens.qkv}/{tokens.output}/{tokens.ffn} tokens per layer"
-    run.log.say(
-        f"{parameter_count(config.model):,} parameters ({what}), {run.engine.precision}; {run.layout}"
-    )
+    device = f"{run.engine.precision} on {run.layout.device.type}, {dist.get_backend()}"
+    run.log.say(f"{parameter_count(config.model):,} parameters ({what}), {device}")
     for line in timeout_warnings(config):
         run.log.say(line)
     run.log.say(describe_operations(config, run.layout, run.engine.precision))

@@ -23,6 +23,7 @@ from megatron_tokenformer.config.schema import RunConfig, Training
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.agreement import agree
 from megatron_tokenformer.training.engine import Engine
+from megatron_tokenformer.training.local_gradients import LocalGradients
 from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.signals import Requests
 
@@ -48,6 +49,7 @@ class Gate:
 
     Attributes:
         verdict: on the last step.
+        gradients: this rank's own of the last step, before they were summed.
         leave: why all ranks shall leave after it; None: they shall not.
     """
 
@@ -57,6 +59,7 @@ class Gate:
         self._training, self._layout, self._engine = config.training, layout, engine
         self._progress, self._requests = progress, requests
         self.verdict, self.leave = Verdict(), None
+        self.gradients = LocalGradients(engine.deepspeed)
         zero: Any = engine.deepspeed.optimizer
         self._zero, self._step = zero, zero.step
         scaler = getattr(zero, "loss_scaler", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from megatron_tokenformer.checkpoint import engine_state, store
 from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import from_main_rank
+from megatron_tokenformer.parallel.placement import ranges, spans
 from megatron_tokenformer.training.health import Verdict
 from megatron_tokenformer.training.run import Run, checkpoint_check
 
@@ -91,31 +93,34 @@ def _told(run: Run, verdict: Verdict, row: dict[str, Any]) -> str:
         what = f"the loss is {verdict.loss:.4f}, usual is {verdict.usual:.4f}"
     else:
         what = NAMES[str(verdict.cause)]
-    ranks = f" on rank{'s' * (len(row['ranks']) > 1)} {', '.join(map(str, row['ranks']))}"
+    ranks = f" on rank{'s' * (len(row['ranks']) > 1)} {ranges(row['ranks'])}"
     samples = ", ".join(f"{first}-{last}" for first, last in row["samples"])
     return f"step {row['step']}: {what}{ranks if row['ranks'] else ''} (samples {samples})"
 
 
 def _where(run: Run, verdict: Verdict) -> dict[str, Any]:
-    """The ranks that computed a bad loss and the positions of its samples in the data, last included.
+    """The ranks that computed what is bad, and the positions of its samples in the data, last included.
 
-    Of a gradient, and of a spike, these are all of the step's: they are sums over all of it.
+    A bad loss is of micro-batches; a bad gradient of all that its ranks had in the step; a spike of the whole
+    step, as it is judged by the mean.
     """
     config, layout = run.config.training, run.layout
     first = run.progress.position - config.global_batch_size
-    whole = [[first, run.progress.position - 1]]
-    if verdict.cause != "loss":
-        return {"ranks": [], "samples": whole}
+    bad = {"loss": run.engine.losses.bad, "gradient": partial(_with_bad_gradients, run), "spike": list}
+    mine: list[int] = bad[str(verdict.cause)]()
     size = config.micro_batch_size
-    starts = [first + (m * layout.data_size + layout.data_rank) * size for m in run.engine.losses.bad()]
-    gathered: list[Any] = [None] * layout.processes.world_size
-    dist.all_gather_object(gathered, [[start, start + size - 1] for start in starts])
-    samples = sorted({tuple(pair) for pairs in gathered for pair in pairs})
+    starts = [first + (m * layout.data_size + layout.data_rank) * size for m in mine]
+    gathered: list[list[int]] = [[]] * layout.processes.world_size
+    dist.all_gather_object(gathered, starts)
+    samples = {start + offset for starts in gathered for start in starts for offset in range(size)}
     # A mean can be infinite where each of its parts is finite.
-    return {
-        "ranks": [rank for rank, pairs in enumerate(gathered) if pairs],
-        "samples": [list(pair) for pair in samples] or whole,
-    }
+    places = spans(samples) or [[first, run.progress.position - 1]]
+    return {"ranks": [rank for rank, starts in enumerate(gathered) if starts], "samples": places}
+
+
+def _with_bad_gradients(run: Run) -> list[int]:
+    """The micro-batches that this rank's gradients are of, if these are bad."""
+    return list(range(run.accumulation)) if run.gate.gradients.are_bad() else []
 
 
 def _restore_point(run: Run) -> tuple[Any, Manifest] | None:

@@ -135,11 +135,11 @@ class Hosts:
         assert found, self.run(host, "ps", "-eo", "pid,args")
         self.run(host, "kill", f"-{int(number)}", found[0])
 
-    def clear(self, words: str) -> None:
-        """End on every host all whose command lines hold these words."""
-        for host in self.names:
-            for process in self.find(host, words):
-                self.attempt(host, "kill", "-9", process)
+    def clear(self, words: str, *hosts: str) -> None:
+        """End on these hosts, by default on all, every process whose command line holds these words."""
+        for host in hosts or self.names:
+            if found := self.find(host, words):
+                self.attempt(host, "kill", "-9", *found)
 
     def stop(self) -> None:
         """End every host."""

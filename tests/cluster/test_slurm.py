@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -67,20 +66,22 @@ def test_a_job_that_is_requeued_goes_on_from_its_newest_checkpoint(slurm: Slurm,
     assert (folder / "run/finished.json").exists()
 
 
-def test_exit_code_85_puts_the_job_back_into_the_queue(slurm: Slurm, config: Path, tmp_path: Path) -> None:
-    """At first a stand-in for a training that is told to leave; then the real one."""
-    shim, log, left = tmp_path / "bin/python", tmp_path / "log", tmp_path / "left"
-    shim.parent.mkdir()
-    leave = f'[ -e {left} ] || {{ sleep 1; [ "$SLURM_PROCID" != 0 ] || touch {left}; exit 85; }}'
-    shim.write_text(f'#!/bin/bash\n{leave}\nexec {sys.executable} "$@"\n')
-    shim.chmod(0o755)
-    # The script puts a .venv of the folder that it is submitted from first.
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv/bin").symlink_to(shim.parent)
-    job = slurm.submit(*SIZE, f"--output={log}", SCRIPT, config, "training.steps=2", folder=tmp_path)
+def test_a_job_that_is_told_to_leave_saves_and_goes_back_into_the_queue(slurm: Slurm, config: Path) -> None:
+    """SIGUSR1 to the ranks, as `--signal=USR1@180` sends it: no step is done twice, and none is left out."""
+    log = config.parent / "log"
+    sizes = ["training.steps=150", "checkpoint.interval=0", "training.eval_interval=0"]
+    job = slurm.submit(*SIZE, f"--output={log}", SCRIPT, config, *sizes)
+    slurm.wait(lambda: log.exists() and re.search(r"step +3/", log.read_text()) is not None, 180)
+    slurm.query("scancel", "--signal=USR1", job)
     slurm.wait(lambda: slurm.facts(job).get("Restarts") == "1", 60)
     slurm.wait_for(job, "COMPLETED")
-    assert (tmp_path / "run/finished.json").exists(), log.read_text()
+    said = log.read_text()
+    (left,) = re.findall(r"left at step (\d+) for SIGUSR1; the same command goes on from there", said)
+    assert re.findall(r"from \S+ at step (\d+),", said) == [left]
+    assert [int(step) for step in re.findall(r"^step +(\d+)/150  loss", said, re.MULTILINE)] == [
+        *range(1, 151)
+    ]
+    assert (config.parent / "run/finished.json").exists()
 
 
 def test_a_failure_is_not_tried_again(slurm: Slurm, config: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,24 @@ def test_in_one_allocation_through_a_requeue(slurm: Slurm, schedule: Path) -> No
     assert "2 processes on 2 host(s), started by srun" in said
     assert f"from {schedule.parent}/runs/large/checkpoints/step-" in said
     assert (schedule.parent / "runs/report.md").exists()
+
+
+def test_a_time_limit_puts_the_job_back_into_the_queue(slurm: Slurm, schedule: Path) -> None:
+    """SIGUSR1 to the script, which is the stage machine: it tells the ranks, which save, and requeues."""
+    log = schedule.parent / "log"
+    script = ROOT / "examples/slurm/progressive.sbatch"
+    limit = ["--time=1", "--signal=B:USR1@20"]
+    sizes = ["common.training.steps=1000000", "common.checkpoint.interval=0"]
+    job = slurm.submit(*SIZE, *limit, f"--output={log}", script, schedule, *sizes)
+    slurm.wait(lambda: slurm.facts(job).get("Restarts") == "1", 180)
+    went_on = re.compile(r"from \S+ at step (\d+),")
+    slurm.wait(lambda: went_on.search(log.read_text()) is not None, 120)
+    said = log.read_text()
+    slurm.query("scancel", job)
+    slurm.wait_for(job, "CANCELLED", 60)
+    slurm.wait(slurm.is_idle, 60)
+    (left,) = re.findall(r"error: stage 'small' \(train\) left at step (\d+) for SIGTERM", said)
+    assert went_on.findall(said) == [left] and status(schedule)["small train"] != "done"
 
 
 def test_as_a_chain_of_jobs_of_the_stages_own_sizes(slurm: Slurm, schedule: Path) -> None:

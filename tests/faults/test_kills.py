@@ -21,16 +21,12 @@ from typing import Any
 
 import pytest
 
-from megatron_tokenformer.checkpoint.manifest import read_manifest
-from megatron_tokenformer.checkpoint.store import find_checkpoint
-from megatron_tokenformer.training.metrics import read_rows
-from tests.faults.processes import ROOT, descendants, kill, start
+from tests.faults.processes import descendants, kill, start
+from tests.faults.schedule import SCHEDULE, overrides, results, steps_done
 from tests.toy import write_tokens
 
 pytestmark = pytest.mark.faults
 
-SCHEDULE = ROOT / "configs/progressive/demo.yaml"
-STAGES = ("tokens-32", "tokens-64", "tokens-128", "tokens-256")
 KILLS = int(os.environ.get("FAULT_KILLS", "30"))
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 PATIENCE_S = 600.0
@@ -46,20 +42,8 @@ class Attempt:
 
     def __init__(self, folder: Path, prefix: str, **changes: Any) -> None:
         self.folder, self._log = folder, folder.with_suffix(".log")
-        self._before = self._metrics()
-        sizes = {
-            "run_dir": folder,
-            "common.data.train": prefix,
-            "common.data.validation": prefix,
-            "common.data.sequence_length": 64,
-            "common.training.steps": 24,
-            "common.training.eval_interval": 8,
-            "common.training.micro_batch_size": 4,
-            "common.training.log_interval": 1,
-            "common.checkpoint.interval": 4,
-            **changes,
-        }
-        self.process = start(SCHEDULE, [f"{key}={value}" for key, value in sizes.items()], self._log)
+        self._before = steps_done(folder)
+        self.process = start(SCHEDULE, overrides(folder, prefix, **changes), self._log)
 
     def wait_until(self, there: Callable[[], bool], seconds: float = PATIENCE_S) -> bool:
         """Whether it came before the call ended or the time was over."""
@@ -101,15 +85,8 @@ class Attempt:
     def said(self) -> str:
         return self._log.read_text(errors="replace")[-6000:]
 
-    def _metrics(self) -> dict[str, int]:
-        found = {}
-        for stage in STAGES:
-            path = self.folder / stage / "metrics.jsonl"
-            found[stage] = path.stat().st_size if path.exists() else 0
-        return found
-
     def _steps(self) -> bool:
-        return any(size > self._before[stage] for stage, size in self._metrics().items())
+        return any(size > self._before[stage] for stage, size in steps_done(self.folder).items())
 
     def _grows(self) -> bool:
         try:
@@ -120,17 +97,6 @@ class Attempt:
 
     def _saves(self) -> bool:
         return any(self.folder.glob("*/checkpoints/.step-*.writing"))
-
-
-def results(folder: Path) -> dict[str, Any]:
-    """What every stage came to: its losses, and hashes of all its last weights and moments."""
-    found: dict[str, Any] = {}
-    for stage in STAGES:
-        rows = read_rows(folder / stage / "metrics.jsonl")
-        losses = [(row["step"], row.get("loss"), row.get("grad_norm"), row.get("val_loss")) for row in rows]
-        manifest = read_manifest(find_checkpoint(folder / stage))
-        found[stage] = (losses, manifest.position, [shard.hash for shard in manifest.shards])
-    return found
 
 
 def disturb(attempt: Attempt, drawn: random.Random) -> tuple[str, str] | None:

@@ -56,6 +56,8 @@ def test_deepspeed_here_and_on_hosts(schedule: Tree, write: Write) -> None:
     hosts = load_plan(write(schedule), ["launch.nodes=2", "launch.hostfile=hosts"])
     words = command(hosts, "deepspeed").argv
     assert words[words.index("--hostfile") :][:4] == ["--hostfile", "hosts", "--num_nodes", "2"]
+    given = command(hosts, "deepspeed").environment["PDSH_SSH_ARGS_APPEND"]
+    assert "ServerAliveInterval" in given, "a host that is cut off does not keep ssh waiting"
 
 
 def test_srun_takes_its_part_of_the_allocation(

@@ -52,6 +52,7 @@ CASES = [
     *((kind, layout, "fp32") for kind in ("activations", "loss", "gradient") for layout in LAYOUTS),
     ("loss", "pipeline 2", "bf16"),
     ("activations", "data 2", "bf16"),
+    ("gradient", "data 2", "bf16"),
 ]
 
 
@@ -64,12 +65,14 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(
     run_ranks(2, train_injected, config, kind, **LAYOUTS[layout])
     assert state(config, 2) == state(config, 1), "weights and moments are what they were before the step"
     assert state(config, 3) != state(config, 2)
-    whole = [[BATCH, 2 * BATCH - 1]]
-    # Micro-batches are 8-9, 10-11, 12-13, 14-15, those of two data ranks in turn.
-    expected = {
-        "ranks": [] if kind == "gradient" else {"tensor 2": [0, 1], "pipeline 2": [1], "data 2": [0]}[layout],
-        "samples": whole if kind == "gradient" else [[12, 13]],
-    }
+    # Micro-batches are 8-9, 10-11, 12-13, 14-15, those of two data ranks in turn; 13 is marked.  A gradient
+    # goes back through the stages, and is of all that its rank had in the step.
+    ranks: dict[str, list[int]] = {"tensor 2": [0, 1], "pipeline 2": [1], "data 2": [0]}
+    samples = [[12, 13]]
+    if kind == "gradient":
+        ranks["pipeline 2"] = [0, 1]
+        samples = [[8, 9], [12, 13]] if layout == "data 2" else [[8, 15]]
+    expected = {"ranks": ranks[layout], "samples": samples}
     cause = "gradient" if kind == "gradient" else "loss"
     assert events(config) == [{"step": 2, "event": cause, "action": "skip", **expected}]
     rows = [row for row in read_rows(Path(config.run_dir) / "metrics.jsonl") if "loss" in row]
@@ -91,7 +94,7 @@ def words_of(layout: Layout, config: RunConfig, kind: str) -> str:
 def test_the_policy_can_be_to_stop(tmp_path: Path, kind: str) -> None:
     write_marked(tmp_path, position=BATCH + 5)
     config = config_of(tmp_path, "pipeline 2", on_nonfinite="stop")
-    where = " on rank 1 (samples 12-13)" if kind == "loss" else " (samples 8-15)"
+    where = " on rank 1 (samples 12-13)" if kind == "loss" else " on ranks 0-1 (samples 8-15)"
     for words in run_ranks(2, words_of, config, kind, pipeline=2):
         assert words.startswith(f"step 2: the {kind} is not finite{where}; ")
         assert "training.on_nonfinite=skip would go on" in words
@@ -113,9 +116,7 @@ def test_many_skipped_steps_in_a_row_end_the_run_across_restarts(tmp_path: Path)
     run_ranks(2, train_skipping, config)
     more = config.model_copy(update={"training": config.training.model_copy(update={"steps": 9})})
     for words in run_ranks(2, break_every_loss, more):
-        assert words.startswith(
-            "step 3: the loss is not finite on ranks 0, 1 (samples 16-17, 18-19, 20-21, 22-23)"
-        )
+        assert words.startswith("step 3: the loss is not finite on ranks 0-1 (samples 16-23)")
         assert "3 steps in a row have changed nothing (training.max_skipped_steps=3)" in words
 
 
@@ -174,11 +175,15 @@ def test_a_spike_is_told_and_left_out_if_so_asked(tmp_path: Path, layout: str, p
     assert (state(config, 6) == state(config, 5)) == (policy == "skip")
 
 
-def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout, precision", [("data 2", "fp32"), ("tensor 2", "bf16")])
+def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_batch(
+    tmp_path: Path, layout: str, precision: str
+) -> None:
     """As a run whose checkpoint is told by hand to go on from there; and a resumed run goes the same way."""
     write_marked(tmp_path, SPIKE_AT)
-    config = config_of(tmp_path, interval=4, on_spike="rollback", **SPIKES)
-    run_ranks(2, train_injected, config, "spike")
+    split = LAYOUTS[layout]
+    config = config_of(tmp_path, layout, interval=4, on_spike="rollback", precision=precision, **SPIKES)
+    run_ranks(2, train_injected, config, "spike", **split)
     told = {"step": 4, "event": "spike", "action": "rollback", "ranks": [], "samples": [[40, 47]]}
     assert events(config) == [{**told, "spike_step": 6, "left_out": [4 * BATCH, 6 * BATCH - 1]}]
     rows = read_rows(Path(config.run_dir) / "metrics.jsonl")
@@ -187,19 +192,19 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_batch(tmp_path: P
 
     by_hand = config.model_copy(update={"run_dir": str(tmp_path / "by hand")})
     shorter = by_hand.model_copy(update={"training": by_hand.training.model_copy(update={"steps": 4})})
-    run_ranks(2, train_toy, shorter)
+    run_ranks(2, train_toy, shorter, **split)
     path = tmp_path / "by hand/checkpoints/step-00000004/manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["position"] == 4 * BATCH
     path.write_text(json.dumps(manifest | {"position": 6 * BATCH}))
-    run_ranks(2, train_toy, by_hand)
+    run_ranks(2, train_toy, by_hand, **split)
     assert state(config, 9) == state(by_hand, 9)
 
     resumed = config.model_copy(update={"run_dir": str(tmp_path / "resumed")})
     shutil.copytree(config.run_dir, resumed.run_dir)
     for step in (8, 9):
         shutil.rmtree(Path(resumed.run_dir) / f"checkpoints/step-{step:08d}")
-    run_ranks(2, train_injected, resumed, "spike")
+    run_ranks(2, train_injected, resumed, "spike", **split)
     assert state(resumed, 9) == state(config, 9)
     assert events(resumed) == events(config)
     assert read_manifest(Path(resumed.run_dir) / "checkpoints/step-00000009").setbacks["rollbacks"] == 1

@@ -1,0 +1,88 @@
+"""A schedule over two hosts, one of which is lost again and again, ends as one that nobody disturbed.
+
+The host's cable is cut, or all of its processes are killed at once, at moments drawn from a seed after the
+first steps of a call; then the host is there again, and the same command is called.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Hosts
+from tests.faults.schedule import SCHEDULE, overrides, results, steps_done
+from tests.toy import write_tokens
+
+LOSSES = int(os.environ.get("NODE_LOSSES", "4"))
+SEED = int(os.environ.get("FAULT_SEED", "0"))
+MINUTE = 60.0
+PROGRAM = "megatron_tokenformer.training.pretrain"
+
+
+class Schedule:
+    """The demo's schedule, smaller, started on a login host for n1 and n2."""
+
+    def __init__(self, hosts: Hosts, folder: Path, prefix: str) -> None:
+        self.hosts, self.folder, self.log = hosts, folder, folder.with_suffix(".log")
+        hostfile, variables = folder.with_suffix(".hosts"), folder.with_suffix(".variables")
+        hostfile.write_text("n1 slots=1\nn2 slots=1\n")
+        variables.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")  # pdsh passes on no others of ours
+        launch = {"hostfile": hostfile, "nodes": 2, "processes_per_node": 1}
+        changes = {f"launch.{key}": value for key, value in launch.items()}
+        machine = ["python", "-m", "megatron_tokenformer.progressive", "--config", SCHEDULE]
+        self._words = [*machine, "--launcher", "deepspeed", *overrides(folder, prefix, **changes)]
+        self._variables = {"DS_ENV_FILE": variables}
+
+    def to_its_end(self) -> None:
+        """Call the command; it must reach the end."""
+        self.hosts.run("login", *self._words, seconds=10 * MINUTE, **self._variables)
+
+    def lose(self, how: str, delay: float) -> bool:
+        """Call the command, lose n2 some time after its first step, and see all end.
+
+        Args:
+            delay: seconds.
+
+        Returns:
+            Whether it was lost before the call was done.
+        """
+        before = steps_done(self.folder)
+        machine = self.hosts.start("login", *self._words, log=self.log, **self._variables)
+        while machine.poll() is None and steps_done(self.folder) == before:
+            time.sleep(0.05)
+        time.sleep(delay)
+        if machine.poll() is not None:
+            return False
+        if how == "cable":
+            self.hosts.unplug("n2")
+        else:
+            self.hosts.clear(PROGRAM, "n2")
+        try:
+            code = machine.wait(3 * MINUTE)
+            assert code in (0, 1), self.log.read_text()[-5000:]
+            deadline = time.monotonic() + MINUTE
+            while any(self.hosts.find(host, f"-m {PROGRAM}") for host in ("n1", "n2")):
+                assert time.monotonic() < deadline, "ranks outlive their peers"
+                time.sleep(0.5)
+        finally:
+            self.hosts.plug("n2")
+        return code != 0
+
+
+def test_a_schedule_whose_hosts_are_lost_ends_with_the_same_numbers(
+    hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write_tokens(tmp_path, tokens=200_000)
+    undisturbed, disturbed = (Schedule(hosts, tmp_path / name, prefix) for name in ("straight", "lost"))
+    undisturbed.to_its_end()
+    drawn = random.Random(SEED)
+    lost = [how for how in ("cable", "processes") * (LOSSES // 2) if disturbed.lose(how, drawn.uniform(0, 4))]
+    disturbed.to_its_end()
+    with capsys.disabled():
+        print(f"n2 was lost {len(lost)} times: {', '.join(lost)}")
+    assert {*lost} == {"cable", "processes"}
+    assert results(disturbed.folder) == results(undisturbed.folder)
