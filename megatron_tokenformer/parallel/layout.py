@@ -66,6 +66,14 @@ class Layout:
         """Whether this is the rank that prints and writes."""
         return self.processes.rank == 0
 
+    def __str__(self) -> str:
+        split = f"tensor {self.tensor.size}, pipeline {self.pipeline_size}, data {self.data_size}"
+        sequence = ", sequence parallel" if self.tensor.sequence else ""
+        return (
+            f"{self.processes.world_size} process(es) started by {self.processes.launcher}: "
+            f"{split}{sequence}; {self.device.type}, {dist.get_backend()}"
+        )
+
 
 def start(parallel: Parallel, processes: Processes) -> Layout:
     """Join the run's other processes, print who is where, and build every group.
