@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
-from megatron_tokenformer.progressive.stages import pending
+from megatron_tokenformer.progressive.stages import Left, pending
 
 NOTICE_S = 180
 """before its time is up, so long a job is told"""
@@ -84,8 +84,9 @@ def requeued_if_left(wanted: bool) -> Iterator[None]:
         raise UserError("--requeue is for a command in a SLURM job, and this is none")
     try:
         yield
-    except UserError as error:
-        if wanted and error.exit_code == TO_BE_CONTINUED:
+    except Left as error:
+        # SIGTERM is SLURM's own end of a job, which it takes back itself if it is not cancelled.
+        if wanted and error.exit_code == TO_BE_CONTINUED and error.number != signal.SIGTERM:
             # SLURM ends what it takes back; the reason is to be told first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)

@@ -25,6 +25,7 @@ class Interrupted(Exception):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
         # Ctrl-C ends things as in a shell; a scheduler that asks to leave is told to start the call again.
         self.exit_code = 128 + number if number == signal.SIGINT else TO_BE_CONTINUED
 
@@ -32,8 +33,9 @@ class Interrupted(Exception):
 def execute(command: Command, inherited: int, tick: Callable[[float], None]) -> int:
     """Run a command to its end and return its exit code.
 
-    A first SIGINT, SIGTERM or SIGUSR1 to this process ends the command with SIGTERM, a second one kills it.
-    The command has a session of its own, so that Ctrl-C does not reach it twice.
+    A first SIGINT, SIGTERM or SIGUSR1 to this process asks the command to leave, by the signal that it has
+    for that; a second one kills it.  The command has a session of its own, so that Ctrl-C does not reach it
+    twice.
 
     Args:
         inherited: a file descriptor that stays open until all that the command started has ended.
@@ -60,7 +62,7 @@ def execute(command: Command, inherited: int, tick: Callable[[float], None]) -> 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         guard = subprocess.Popen(
-            [sys.executable, "-m", GUARD, str(os.getpid()), *command.argv],
+            [sys.executable, "-m", GUARD, command.leave_signal.name, str(os.getpid()), *command.argv],
             env={**os.environ, **command.environment},
             start_new_session=True,
             pass_fds=(inherited,),

@@ -1,7 +1,8 @@
 """A process between the stage machine and a launcher: what the launcher started never outlives the machine.
 
-`python -m megatron_tokenformer.progressive.guard MACHINE_PID COMMAND...`.  It holds the lock's descriptor, so
-that a machine that was killed outright is followed by the next one only when the old ranks are gone.
+`python -m megatron_tokenformer.progressive.guard SIGNAL MACHINE_PID COMMAND...`; SIGNAL asks the command to
+leave.  It holds the lock's descriptor, so that a machine that was killed outright is followed by the next one
+only when the old ranks are gone.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 def main(argv: list[str]) -> int:
     """Run a command in a session of its own; return its exit code, 128 + N after signal N.
 
-    A first SIGTERM (the kernel sends it when the machine dies), SIGUSR1 or SIGINT ends the command with
-    SIGTERM, which every launcher passes on to its ranks or leaves to `_end_rest`; one that comes later than
-    an echo of the first kills it.
+    A first SIGTERM (the kernel sends it when the machine dies), SIGUSR1 or SIGINT asks the command to leave;
+    what its launcher does not pass on to its ranks, `_end_rest` does.  One that comes later than an echo of
+    the first kills it.
     """
-    machine, *command = argv
+    asks, machine, *command = argv
+    leave = signal.Signals[asks]
     child: subprocess.Popen[bytes] | None = None
     told: list[float] = []
 
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
         if child is None:
             return
         if len(told) == 1:
-            child.terminate()
+            child.send_signal(leave)
         elif told[-1] - told[0] > ECHO_S:
             _signal(_living(), signal.SIGKILL)
 
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
         return 1
     child = subprocess.Popen(command, start_new_session=True)
     if told:
-        child.terminate()
+        child.send_signal(leave)
     code = child.wait()
     _end_rest()
     return code if code >= 0 else 128 - code

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Command:
     """files to write first"""
     settle_seconds: float = 0.0
     """how long files written by it, on other hosts, may take to show here"""
+    leave_signal: signal.Signals = signal.SIGTERM
+    """what asks it to save and end"""
 
     def __str__(self) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
@@ -124,7 +127,8 @@ def srun(stage: Stage, launch: Launch) -> Command:
     argv += [f"--cpus-per-task={cores}"] if cores else []
     argv += [sys.executable, "-m", TRAINER, "--config", str(stage.run_file)]
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))} if cores else _threads(stage)
-    return Command(argv, threads, settle_seconds=REMOTE_SECONDS)
+    # SIGTERM it does not hand on: it kills the ranks, KillWait seconds later, whether they have saved or not.
+    return Command(argv, threads, settle_seconds=REMOTE_SECONDS, leave_signal=signal.SIGUSR1)
 
 
 LAUNCHERS: dict[str, Launcher] = {"local": local, "deepspeed": deepspeed, "srun": srun}

@@ -28,6 +28,18 @@ from megatron_tokenformer.progressive.reconcile import (
 Grower = Callable[[Stage, Path], Command]
 
 
+class Left(UserError):
+    """All is saved: somebody asked this process, or the run that it started, to leave.
+
+    Args:
+        number: the signal that this process was asked by; None if it was the run.
+    """
+
+    def __init__(self, message: str, exit_code: int = TO_BE_CONTINUED, number: int | None = None) -> None:
+        super().__init__(message, exit_code)
+        self.number = number
+
+
 @dataclass(frozen=True)
 class Machine:
     """A plan, how its commands are made, and what is done of it."""
@@ -118,9 +130,7 @@ def _train(machine: Machine, stage: Stage) -> None:
     record = _await_record(stage, command.settle_seconds if code == 0 else 0.0)
     if record is None and (left := _left(stage, code)):
         machine.journal.end(stage.name, "train", "interrupted")
-        raise UserError(
-            f"stage '{stage.name}' (train) {left}; the same call goes on from there", TO_BE_CONTINUED
-        )
+        raise Left(f"stage '{stage.name}' (train) {left}; the same call goes on from there")
     if record is None:
         machine.journal.end(stage.name, "train", "failed")
         why = (
@@ -156,9 +166,10 @@ def _perform(machine: Machine, stage: Stage, step: Step, settings: dict[str, Any
         return execute(command, machine.lock, lambda seconds: journal.add_seconds(stage.name, step, seconds))
     except Interrupted as interruption:
         journal.end(stage.name, step, "interrupted")
-        raise UserError(
+        raise Left(
             f"{interruption} in stage '{stage.name}' ({step}); the same call goes on from there",
-            exit_code=interruption.exit_code,
+            interruption.exit_code,
+            interruption.number,
         ) from None
     except UserError:
         journal.end(stage.name, step, "failed")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-GUARD = [sys.executable, "-m", "megatron_tokenformer.progressive.guard"]
+GUARD = [sys.executable, "-m", "megatron_tokenformer.progressive.guard", "SIGTERM"]
 
 
 def gone(process: int, within: float = 10.0) -> bool:
@@ -72,10 +72,19 @@ def test_what_is_told_to_all_processes_at_once_is_one_request(tmp_path: Path) ->
     assert told.read_text() == "saved\n"
 
 
+def test_a_launcher_is_asked_in_its_own_way(tmp_path: Path) -> None:
+    """srun kills its ranks when it gets SIGTERM, and hands SIGUSR1 on to them."""
+    script = f"trap 'exit 85' USR1; echo $$ > {tmp_path / 'pid'}; sleep 60 & wait"
+    guard = subprocess.Popen([*GUARD[:-1], "SIGUSR1", str(os.getpid()), "bash", "-c", script])
+    read_pid(tmp_path / "pid")
+    guard.send_signal(signal.SIGTERM)
+    assert guard.wait(timeout=20) == 85
+
+
 def test_a_rank_does_not_outlive_a_machine_that_is_killed(tmp_path: Path) -> None:
     rank_file = tmp_path / "rank"
     script = f"sleep 60 & echo $! > {rank_file}; wait"
-    program = "import os, subprocess, sys; subprocess.run([*sys.argv[1:4], str(os.getpid()), *sys.argv[4:]])"
+    program = "import os, subprocess, sys; subprocess.run([*sys.argv[1:5], str(os.getpid()), *sys.argv[5:]])"
     machine = subprocess.Popen([sys.executable, "-c", program, *GUARD, "sh", "-c", script])
     rank = read_pid(rank_file)
     machine.kill()

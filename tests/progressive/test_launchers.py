@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,7 @@ def test_srun_takes_its_part_of_the_allocation(
     assert made.argv[:6] == ["srun", "--kill-on-bad-exit=1", *sizes]
     assert made.argv[6:9] == [sys.executable, "-m", TRAINER]
     assert made.environment == {"OMP_NUM_THREADS": "6"}
+    assert made.leave_signal == signal.SIGUSR1
 
 
 def test_the_growth_command(schedule: Tree, write: Write) -> None:
