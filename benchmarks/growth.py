@@ -23,8 +23,8 @@ from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.grow import carry_out
 from megatron_tokenformer.checkpoint.growth_plan import plan_growth
 from megatron_tokenformer.checkpoint.manifest import STATES, Interval, Manifest
-from megatron_tokenformer.checkpoint.resize import in_bytes
 from megatron_tokenformer.checkpoint.shards import write_shard
+from megatron_tokenformer.checkpoint.step_zero import in_bytes
 from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig

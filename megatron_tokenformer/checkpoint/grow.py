@@ -30,8 +30,9 @@ from megatron_tokenformer.checkpoint.manifest import (
     Manifest,
     Shard,
 )
-from megatron_tokenformer.checkpoint.resize import check_space, new_manifest, write_whole
+from megatron_tokenformer.checkpoint.resize import new_manifest
 from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, verify_shard, write_shard
+from megatron_tokenformer.checkpoint.step_zero import check_space, write_whole
 from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms
 from megatron_tokenformer.config.growth import Growth, changes_of_function
 from megatron_tokenformer.config.schema import Model, RunConfig
@@ -87,7 +88,7 @@ def carry_out(plan: GrowthPlan) -> Grown:
         linked = plan.link and _link_or_tell(plan, folder)
         return _write_grown(plan, folder, linked)
 
-    path, manifest = write_whole(plan, plan.needed_bytes(plan.will_link), write)
+    path, manifest = write_whole(plan.folder, plan.doing, plan.needed_bytes(plan.will_link), write)
     return Grown(path, manifest, "copied" if plan.old_rows == "linked" and not linked else plan.old_rows)
 
 
@@ -135,7 +136,7 @@ def _link_or_tell(plan: GrowthPlan, folder: Path) -> bool:
         for path in made:
             path.unlink()
         print(f"cannot link {plan.source} into {plan.folder}: {error.strerror}; copying instead", flush=True)
-        check_space(plan, plan.needed_bytes(link=False))
+        check_space(plan.folder, plan.doing, plan.needed_bytes(link=False))
         return False
     return True
 

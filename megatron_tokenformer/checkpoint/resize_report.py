@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_tokenformer.checkpoint.grow import grown_taus
 from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan
-from megatron_tokenformer.checkpoint.resize import in_bytes
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, shrunk_taus
+from megatron_tokenformer.checkpoint.step_zero import in_bytes
 from megatron_tokenformer.config.growth import changes_of_function
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.model.tau import taus_from_json, taus_to_json

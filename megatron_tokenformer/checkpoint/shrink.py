@@ -30,9 +30,9 @@ from megatron_tokenformer.checkpoint.resize import (
     check_folder,
     new_manifest,
     read_source,
-    write_whole,
 )
 from megatron_tokenformer.checkpoint.shards import verify_shard, write_shard
+from megatron_tokenformer.checkpoint.step_zero import write_whole
 from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms, mean
 from megatron_tokenformer.config.growth import Shrinking, check_shrink
 from megatron_tokenformer.config.schema import RunConfig
@@ -105,7 +105,7 @@ def carry_out(plan: ShrinkPlan) -> tuple[Path, Manifest]:
         told = {"reach": choice.reach, "exact": choice.exact}
         return new_manifest(plan, shrunk_taus(plan), [shard], told, choice.exact)
 
-    return write_whole(plan, plan.new_bytes, write)
+    return write_whole(plan.folder, plan.doing, plan.new_bytes, write)
 
 
 def shrunk_taus(plan: ShrinkPlan) -> Taus:

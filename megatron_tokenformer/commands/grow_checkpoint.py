@@ -21,9 +21,9 @@ from typing import Any
 from megatron_tokenformer.checkpoint import grow, shrink
 from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
 from megatron_tokenformer.checkpoint.manifest import Manifest
-from megatron_tokenformer.checkpoint.resize import check_space, check_writable
 from megatron_tokenformer.checkpoint.resize_report import describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
+from megatron_tokenformer.checkpoint.step_zero import check_space, check_writable
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
 from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
 from megatron_tokenformer.config.growth import Growth, Shrinking, check_has_tokens
@@ -160,11 +160,12 @@ def main(argv: list[str] | None = None) -> int:
     source, manifest = first_good(find_checkpoints(given.load), check_stored)
     target = target_config(given, source, manifest)
     plan = make_plan(given, source, target)
-    check_writable(plan)
+    check_writable(plan.folder, plan.doing)
     figures = describe(plan)
     if given.dry_run:
         report(plan, figures)
-        check_space(plan, plan.new_bytes if given.shrink else plan.needed_bytes(plan.will_link))
+        size = plan.new_bytes if given.shrink else plan.needed_bytes(plan.will_link)
+        check_space(plan.folder, plan.doing, size)
     else:
         # First, so that a mistake in the data costs nothing; in fp32, for growth changes the loss by nothing.
         opened = open_evaluation(source, given.data, max_tokens=given.max_tokens) if given.data else None
