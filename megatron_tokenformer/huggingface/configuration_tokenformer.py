@@ -19,8 +19,8 @@ class TokenformerConfig(PreTrainedConfig):
     """The network.  The defaults are a 124M Tokenformer.
 
     Args:
-        architecture: `tokenformer` (arXiv 2410.23168), or `transformer`, a dense GPT for comparisons, which has
-            neither tokens nor tau nor a score norm.
+        architecture: `tokenformer` (arXiv 2410.23168), or `transformer`, a dense GPT for comparisons, which
+            has neither tokens nor tau nor a score norm.
         tokens: parameter tokens of a layer's Pattentions by role: `qkv` (each of the three), `output`, `ffn`.
         tau: what scales normalised scores, by role.  A number of its own: it starts at the root of the number
             of tokens, and is kept where a model grows.
@@ -52,7 +52,9 @@ class TokenformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture is {self.architecture!r}; it is one of {', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"architecture is {self.architecture!r}; it is one of {', '.join(ARCHITECTURES)}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "

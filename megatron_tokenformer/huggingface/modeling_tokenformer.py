@@ -1,8 +1,8 @@
 """A Tokenformer (arXiv 2410.23168), or its dense twin, as a causal language model for transformers.
 
 This file and `configuration_tokenformer.py` lie in the model's folder and need nothing but torch and
-transformers.  Every linear projection of a Transformer is here attention between the input and learned key and
-value tokens: see `normalised_scores` and `Pattention`.
+transformers.  Every linear projection of a Transformer is here attention between the input and learned key
+and value tokens: see `normalised_scores` and `Pattention`.
 """
 
 from __future__ import annotations
@@ -125,14 +125,18 @@ class Attention(nn.Module):
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attend_eagerly)
-        context, weights = attend(
-            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
+        context, weights = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.output(context.flatten(start_dim=2)), weights
 
 
 def attend_eagerly(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain torch: [b, h, s, c] to [b, s, h, c], and its weights."""
     scores = scaling * query @ key.transpose(-1, -2)
@@ -270,8 +274,12 @@ class TokenformerModel(TokenformerPreTrainedModel):
         states[-1] = x = self.final_norm(x)
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
-            hidden_states=tuple(states) if wanted(output_hidden_states, self.config.output_hidden_states) else None,
-            attentions=tuple(attentions) if wanted(output_attentions, self.config.output_attentions) else None,
+            hidden_states=tuple(states)
+            if wanted(output_hidden_states, self.config.output_hidden_states)
+            else None,
+            attentions=tuple(attentions)
+            if wanted(output_attentions, self.config.output_attentions)
+            else None,
             **{CACHE: past if use_cache else None},
         )
         return outputs if wanted(return_dict, self.config.return_dict) else outputs.to_tuple()

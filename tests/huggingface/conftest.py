@@ -1,0 +1,28 @@
+"""Small models, exported once for all tests of a file, and a transformers that keeps to itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tokenformer.huggingface.export import write_hf
+from tests.huggingface.models import KINDS, Pair, native_model, portable_model
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that transformers copies out of a model's folder goes into the test's own, and nothing is fetched."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A model of each kind: as a folder for transformers, and the native one to compare with."""
+    folder = tmp_path_factory.mktemp(request.param)
+    portable = portable_model(request.param)
+    write_hf(portable, folder / "hf")
+    return Pair(portable, folder / "hf", native_model(portable, folder / "native"))
