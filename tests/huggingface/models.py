@@ -47,7 +47,7 @@ def load_hf(folder: Path, **options: Any) -> PreTrainedModel:
 def portable_model(
     kind: str, tokenizer: Tokenizer | None = None, vocabulary: int = VOCABULARY
 ) -> PortableModel:
-    """Two layers of random numbers, large enough that every part shows in the logits; tau as after a growth."""
+    """Two layers of random numbers, large enough to show in the logits; tau as after a growth."""
     of_kind: dict[str, Any] = {"architecture": kind}
     if kind != "transformer":
         of_kind = {"tokens": {"qkv": 16, "output": 12, "ffn": 40}, "score_norm": kind}
@@ -72,3 +72,9 @@ def native_model(portable: PortableModel, folder: Path) -> LanguageModel:
 def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
     """Ids [rows, length]."""
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(logits: Tensor, expected: Tensor) -> None:
+    """Logits are the same in fp32: to 1e-5 of the largest, or of 1."""
+    size = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-5 * size)

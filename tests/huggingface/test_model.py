@@ -11,7 +11,7 @@ from transformers import AutoModel
 from megatron_tokenformer.huggingface.modeling_tokenformer import normalised_scores
 from megatron_tokenformer.huggingface.names import exported, exported_name
 from megatron_tokenformer.kernels import reference
-from tests.huggingface.models import SCORE_NORMS, Pair, random_ids
+from tests.huggingface.models import SCORE_NORMS, Pair, assert_same, random_ids
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -23,7 +23,7 @@ def test_logits_are_the_native_models(pair: Pair, attention: str) -> None:
         ids = random_ids(3, length)
         expected = pair.logits(ids)
         assert expected.abs().max() > 1
-        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert_same(model(ids).logits, expected)
 
 
 def test_gradients_are_the_native_models(pair: Pair) -> None:
@@ -84,7 +84,7 @@ def test_a_cache_takes_several_tokens_at_a_time(pair: Pair) -> None:
     cache = first.cache if "cache" in first else first.past_key_values
     second = model(ids[:, 8:], past_key_values=cache)
     logits = torch.cat((first.logits, second.logits), dim=1)
-    torch.testing.assert_close(logits, pair.logits(ids), rtol=1e-5, atol=1e-5)
+    assert_same(logits, pair.logits(ids))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -97,7 +97,7 @@ def test_rows_padded_on_the_left_are_as_if_alone(pair: Pair, attention: str) -> 
     assert logits.isfinite().all()
     texts = model.generate(padded, attention_mask=mask, max_new_tokens=10, do_sample=False)
     for row, got, text in zip(rows, logits, texts):
-        torch.testing.assert_close(got[None, -row.shape[1] :], pair.logits(row), rtol=1e-5, atol=1e-5)
+        assert_same(got[None, -row.shape[1] :], pair.logits(row))
         assert torch.equal(text[None, -row.shape[1] - 10 :], continue_greedily(pair, row, 10))
 
 
@@ -105,7 +105,7 @@ def test_documents_in_a_row_do_not_see_each_other(pair: Pair) -> None:
     ids = random_ids(2, 18)
     positions = torch.tensor([[*range(5), *range(13)], [*range(10), *range(8)]])
     logits = pair.load()(ids, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(logits, pair.logits(ids, positions), rtol=1e-5, atol=1e-5)
+    assert_same(logits, pair.logits(ids, positions))
 
 
 def test_what_else_a_model_of_transformers_answers(pair: Pair) -> None:
@@ -120,5 +120,5 @@ def test_what_else_a_model_of_transformers_answers(pair: Pair) -> None:
     assert torch.equal(model(ids, logits_to_keep=2).logits, full.logits[:, -2:])
     base = AutoModel.from_pretrained(pair.folder, trust_remote_code=True)
     native = pair.native.hidden(ids).transpose(0, 1)
-    torch.testing.assert_close(base(ids).last_hidden_state, native, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(full.hidden_states[-1], native, rtol=1e-5, atol=1e-5)
+    assert_same(base(ids).last_hidden_state, native)
+    assert_same(full.hidden_states[-1], native)
