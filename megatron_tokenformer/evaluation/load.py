@@ -9,11 +9,12 @@ import torch
 
 from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
+from megatron_tokenformer.checkpoint.portable import PortableModel
 from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS
 from megatron_tokenformer.checkpoint.stored_model import stored_config
-from megatron_tokenformer.config.schema import Precision, resolve_precision
+from megatron_tokenformer.config.schema import Model, Precision, resolve_precision
 from megatron_tokenformer.model.language_model import LanguageModel
-from megatron_tokenformer.model.tau import set_taus, taus_from_json
+from megatron_tokenformer.model.tau import constant_tau, set_taus, taus_from_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -33,16 +34,32 @@ def load_model(path: Path, manifest: Manifest, precision: Precision, device: tor
     Raises:
         UserError: the tensors are not those of the config's model, or a shard is not what the manifest says.
     """
-    with torch.device("meta"):  # nothing is initialised only to be overwritten
-        model = LanguageModel(stored_config(path, manifest).model)
-    model = (
-        model.to(DTYPES[resolve_precision(precision, device.type)])
-        .to_empty(device=device)
-        .requires_grad_(False)
-        .eval()
-    )
+    model = empty_model(stored_config(path, manifest).model, precision, device)
     for name, parameter in model.named_parameters():
         for first, values in read_blocks(path, manifest, name, WEIGHT, BLOCK_ELEMENTS):
             parameter.view(-1)[first : first + len(values)].copy_(values)
     set_taus(model, taus_from_json(manifest.taus), manifest.step)
     return model
+
+
+@torch.no_grad()
+def assemble(portable: PortableModel, device: torch.device) -> LanguageModel:
+    """A model outside of any run as one module in fp32, tensor by tensor.
+
+    Raises:
+        UserError: a file that it is read from is damaged.
+    """
+    model = empty_model(portable.model, "fp32", device)
+    parameters = dict(model.named_parameters())
+    for name, tensor in portable.read():
+        parameters[name].copy_(tensor)
+    set_taus(model, {role: constant_tau(tau) for role, tau in portable.taus.items()}, step=0)
+    return model
+
+
+def empty_model(model: Model, precision: Precision, device: torch.device) -> LanguageModel:
+    """A model to compute with, whose parameters have no values yet."""
+    with torch.device("meta"):  # nothing is initialised only to be overwritten
+        module = LanguageModel(model)
+    module = module.to(DTYPES[resolve_precision(precision, device.type)]).to_empty(device=device)
+    return module.requires_grad_(False).eval()

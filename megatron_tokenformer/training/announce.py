@@ -47,7 +47,7 @@ def announce(run: Run, restored: tuple[Path, Manifest] | None) -> None:
     if restored:
         path, manifest = restored
         run.log.say(f"from {path} at step {progress.step}, {progress.tokens:,} tokens seen")
-        for change in order_changes(manifest, config, progress.source_tokens):
+        for change in order_changes(manifest, config, progress.source_tokens) if manifest.position else ():
             run.log.say(f"note: {change}, so samples come in another order than the ones seen so far")
         scale = config.optimizer.old_token_lr_scale
         if scale < 1.0:
