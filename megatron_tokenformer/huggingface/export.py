@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -106,15 +104,6 @@ def hf_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return model(ids, use_cache=False).logits
 
 
-def rounded(portable: PortableModel, dtype: Dtype) -> PortableModel:
-    """The model with the numbers that a folder of this dtype holds, to compare that folder with."""
-
-    def read(name: str) -> torch.Tensor:
-        return portable.tensors[name]().to(DTYPES[dtype]).float()
-
-    return replace(portable, tensors={name: partial(read, name) for name in portable.tensors})
-
-
 def write_configuration(
     portable: PortableModel, folder: Path, dtype: torch.dtype, eod_id: int | None
 ) -> None:
@@ -153,13 +142,13 @@ def write_weights(
         filename_pattern=WEIGHTS.replace(".", "{suffix}."),
         max_shard_size=max_shard_bytes,
     )
-    shard: dict[str, torch.Tensor] = {}
+    shards: dict[str, dict[str, torch.Tensor]] = {}  # one at a time, but for tensors larger than a shard
     for name, tensor in portable.read():
-        shard[exported_name(name)] = exported(name, tensor).to(dtype)
         file = plan.tensor_to_filename[exported_name(name)]
+        shard = shards.setdefault(file, {})
+        shard[exported_name(name)] = exported(name, tensor).to(dtype)
         if len(shard) == len(plan.filename_to_tensors[file]):
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            shard = {}
+            save_file(shards.pop(file), folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from megatron_tokenformer.checkpoint.portable import PortableModel, read_native, write_native
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.huggingface.export import DTYPES, hf_logits, rounded, write_hf
+from megatron_tokenformer.huggingface.export import DTYPES, hf_logits, write_hf
 from megatron_tokenformer.huggingface.read import read_hf
 from tests.huggingface.models import (
     KINDS,
@@ -85,8 +85,9 @@ def test_weights_in_16_bits(dtype: str, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "hf/model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {DTYPES[dtype]}
     assert load_hf(tmp_path / "hf").dtype == DTYPES[dtype]
-    assert_equal(read_hf(tmp_path / "hf"), rounded(portable, dtype))
-    native = native_model(rounded(portable, dtype), tmp_path / "native")
+    rounded = portable.rounded(DTYPES[dtype])
+    assert_equal(read_hf(tmp_path / "hf"), rounded)
+    native = native_model(rounded, tmp_path / "native")
     ids = random_ids(2, 30)
     assert_same(hf_logits(tmp_path / "hf", ids), native(ids).transpose(0, 1))
 

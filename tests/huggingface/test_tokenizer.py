@@ -1,4 +1,4 @@
-"""The tokenizer travels with the model where transformers gives the same ids; elsewhere it is said why not."""
+"""The tokenizer travels with the model where transformers gives the same ids; else it is said why not."""
 
 from __future__ import annotations
 
