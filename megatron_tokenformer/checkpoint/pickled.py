@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +28,8 @@ def read_tensors(path: Path, part: str | None = None) -> dict[str, Tensor]:
         UserError: the file cannot be read, is damaged, or holds other things than tensors (exit code 1).
     """
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with _tensors_alone():
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", exit_code=1) from None
     except Exception as error:  # a damaged pickle fails in any way that one of torch's many steps can
@@ -41,6 +44,17 @@ def read_tensors(path: Path, part: str | None = None) -> dict[str, Tensor]:
             found = f"{type(value).__name__} under {printable(name)}"
             raise UserError(f"{path} holds a {found}, where only tensors are expected", exit_code=1)
     return stored
+
+
+@contextlib.contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Without what other libraries, such as megatron-core, have told torch that pickles may hold besides."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(allowed)
 
 
 def _in_words(path: Path, error: str) -> str:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from tests.checkpoint.published import (
     write_whole,
     write_yaml,
 )
+from tests.checkpoint.published_by_deepspeed import save_with_deepspeed
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy, write_tokens
 
@@ -317,3 +319,26 @@ def test_the_published_sizes_are_ours(
     assert {official_key(name, layers): shape for name, shape in full_shapes(model).items()} == stored
     assert parameter_count(model) == sum(math.prod(shape) for shape in stored.values())
     assert parameter_count(model) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("pipeline", [True, False], ids=["layers", "one-file"])
+def test_what_deepspeed_itself_writes_is_read(tmp_path: Path, pipeline: bool) -> None:
+    told = settings()
+    weights = random_weights(told, torch.bfloat16)
+    run_ranks(1, save_with_deepspeed, tmp_path, weights, pipeline, pipeline)
+    write_yaml(tmp_path / "global_step500/configs/model.yml", told)
+    written = list((tmp_path / "global_step500").glob("*model_states.pt"))
+    assert len(written) == (5 if pipeline else 1), "embedding, two layers, norm, and the state of the run"
+    for name, tensor in read_official(tmp_path).read():
+        stored = weights[official_key(name, 2)].float()
+        assert torch.equal(tensor, stored - 1 if name.endswith("gain_minus_one") else stored), name
+
+
+def test_weights_in_one_file_with_numpys_random_state_are_refused_in_words(tmp_path: Path) -> None:
+    run_ranks(1, save_with_deepspeed, tmp_path, random_weights(settings(), torch.bfloat16), False, True)
+    rebuild, uint32 = np.zeros(1).__reduce__()[0], type(np.dtype("uint32"))
+    with torch.serialization.safe_globals([rebuild, np.ndarray, np.dtype, uint32]):  # as megatron-core adds
+        allowed = set(torch.serialization.get_safe_globals())
+        with pytest.raises(UserError, match=r"mp_rank_00_model_states\.pt asks for numpy.*save its tensors"):
+            read_official(tmp_path)
+        assert set(torch.serialization.get_safe_globals()) == allowed
