@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # torch takes a second, so --help does without
     from megatron_tokenformer.checkpoint.portable import PortableModel
 
 EPILOG = """\
-Memory holds one tensor at a time, and for the comparison one model, which --no-verify leaves out.
+Memory holds one tensor at a time (with --to hf one file, of 5 GB at most), and for the comparison one model,
+which --no-verify leaves out.
 
 examples:
   # published weights: pytorch_model.bin, with its YAML beside it or named
