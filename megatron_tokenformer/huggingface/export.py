@@ -31,6 +31,7 @@ from megatron_tokenformer.model.language_model import full_shapes
 try:
     import transformers
     from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, GenerationConfig
 except ModuleNotFoundError as missing:
@@ -90,8 +91,8 @@ def write_hf(
         card = model_card(portable, dtype, has_tokenizer=(temporary / "tokenizer.json").exists())
         (temporary / "README.md").write_text(card, encoding="utf-8")
         publish(temporary, folder)
-    except OSError as error:
-        raise UserError(f"cannot {doing}: {error.strerror or error}", exit_code=1) from None
+    except (OSError, SafetensorError) as error:  # the latter where a disk is full
+        raise UserError(f"cannot {doing}: {getattr(error, 'strerror', error)}", exit_code=1) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return tokenizer
@@ -156,7 +157,9 @@ def write_weights(
 
 def publish(temporary: Path, folder: Path) -> None:
     """Give a folder its name once all that is in it is on the disk; the place is free, or an empty folder."""
+    mode = (temporary / "README.md").stat().st_mode
     for path in temporary.iterdir():
+        path.chmod(mode)  # safetensors makes files for their owner alone
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -84,5 +84,8 @@ def _backend(tokenizer: Tokenizer, scratch: Path) -> Backend:
         return backend
     if tokenizer.type == "SentencePieceTokenizer":
         shutil.copy(str(tokenizer.model), scratch / "tokenizer.model")
-        return PreTrainedTokenizerFast.from_pretrained(scratch).backend_tokenizer
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(scratch).backend_tokenizer
+        except Exception as error:  # of its converters, which raise anything
+            raise UserError(f"transformers cannot convert it: {error}") from None
     raise UserError("transformers has no form of it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -128,6 +129,22 @@ def test_what_a_user_has_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "hf/notes.txt").unlink()
     write_hf(portable_model("l2_norm_gelu"), tmp_path / "hf")  # a new or an empty folder is taken
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == FILES
+    (tmp_path / "of_mine").touch()
+    modes = {path.stat().st_mode for path in [*(tmp_path / "hf").iterdir(), tmp_path / "of_mine"]}
+    assert len(modes) == 1, "whoever may read my files may read these"
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_tokenformer.huggingface.export.check_space", lambda *_: None)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limit[1]))  # the weights take more, nothing else does
+    try:
+        with pytest.raises(UserError, match=r"cannot write a Hugging Face model into .*hf: .") as error:
+            write_hf(portable_model("l2_norm_gelu"), tmp_path / "hf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert error.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_card_shows_how_to_load_it(pair: Pair) -> None:
