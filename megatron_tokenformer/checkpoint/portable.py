@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Interval, Manifest
 from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS, write_shard
-from megatron_tokenformer.checkpoint.step_zero import write_whole
+from megatron_tokenformer.checkpoint.step_zero import history_entry, write_whole
 from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
 from megatron_tokenformer.config.schema import Data, Model, RunConfig, Tokenizer
 from megatron_tokenformer.config.sizes import parameter_count
@@ -46,6 +46,8 @@ class PortableModel:
     that `full_shapes` says.  May raise UserError: the file is damaged"""
     tokenizer: Tokenizer | None = None
     """that made the data, where known; its files may not be here"""
+    origin: str = field(default="unknown", compare=False)
+    """where it was read from, for the history of what is made of it"""
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors by canonical name, in the order of the model, one in memory at a time.
@@ -82,6 +84,7 @@ def read_native(load: str | Path) -> PortableModel:
         {role: tau.at(manifest.step) for role, tau in taus_from_json(manifest.taus).items()},
         {name: partial(_read_tensor, path, manifest, name) for name in manifest.shapes},
         config.data.tokenizer or _configured(manifest.tokenizer),
+        str(path.absolute()),
     )
 
 
@@ -132,6 +135,7 @@ def write_native(portable: PortableModel, folder: Path) -> Path:
             shapes={name: list(shape) for name, shape in shapes.items()},
             states=[WEIGHT],
             shards=[shard],
+            history=[history_entry("import", portable.origin)],
         )
 
     path, _ = write_whole(folder, f"write a checkpoint into {folder}", 4 * parameter_count(model), write)

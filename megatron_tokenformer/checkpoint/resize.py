@@ -5,7 +5,6 @@ Either makes, from a checkpoint of a run, one at step 0 of a new run whose model
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest, Shard, read_manifest
-from megatron_tokenformer.checkpoint.step_zero import nearest_folder
+from megatron_tokenformer.checkpoint.step_zero import history_entry, nearest_folder
 from megatron_tokenformer.checkpoint.stored_model import stored_config
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.schema import Model, RunConfig
@@ -100,10 +99,7 @@ def new_manifest(
         exact: whether the function is the same, and so the losses are the new model's too.
     """
     old, model = plan.old, plan.target.model
-    entry = {
-        "kind": plan.kind,
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "from": str(plan.source),
+    about = {
         "step": old.step,
         "val_loss": old.val_loss,
         "tokens_before": plan.before.tokens.model_dump(),
@@ -113,6 +109,7 @@ def new_manifest(
         **plan.rule.model_dump(),
         **told,
     }
+    entry = history_entry(plan.kind, str(plan.source), **about)
     return replace(
         old,
         config=plan.target.model_dump(mode="json"),

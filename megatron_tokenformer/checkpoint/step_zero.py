@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import Manifest
@@ -77,6 +79,18 @@ def write_whole(
         raise UserError(f"cannot {doing}: {error.strerror}", exit_code=1) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def history_entry(kind: str, source: str, **told: Any) -> dict[str, Any]:
+    """What the new checkpoint's history says of how it was made, now.
+
+    Args:
+        kind: `growth`, `shrink` or `import`.
+        source: where the weights came from.
+        told: what else there is to tell.
+    """
+    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"kind": kind, "time": time, "from": source, **told}
 
 
 def in_bytes(count: int) -> str:

@@ -83,7 +83,12 @@ def test_the_training_codes_folders_give_the_same_as_one_file(tmp_path: Path) ->
     module = tmp_path / "module/global_step7"
     write_yaml(module / "configs/model.yml", told)
     torch.save({"module": weights, "iteration": 7}, module / "mp_rank_00_model_states.pt")
-    for load in (layers, step, module, module.parent, tmp_path / "whole/pytorch_model.bin"):
+    old = write_whole(tmp_path / "old", told, weights)
+    parameters = {key: torch.nn.Parameter(tensor) for key, tensor in weights.items()}
+    torch.save(
+        parameters, old / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )  # before torch 1.6
+    for load in (layers, step, module, module.parent, tmp_path / "whole/pytorch_model.bin", old):
         for name, tensor in read_official(load).read():
             assert torch.equal(tensor, whole[name]), (load, name)
     (layers / "latest").write_text("global_step90")
@@ -137,6 +142,7 @@ def test_an_imported_model_is_evaluated_and_grows_exactly(imported: Path) -> Non
     target = toy_config(imported, model=model.model_dump())
     path, _ = grow(find_checkpoint(imported / "imported"), target, imported / "grown", Growth())
     assert read_native(path).model.tokens.model_dump() == tokens
+    assert [entry["kind"] for entry in read_manifest(path).history] == ["import", "growth"]
     assert measured_loss(imported, path) == pytest.approx(before, rel=1e-6)
 
 

@@ -46,6 +46,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path: Path, changes: dict[str, objec
     assert (tmp_path / "portable/latest").read_text() == "step-00000000\n"
     manifest = verify_checkpoint(path)
     assert (manifest.step, manifest.adam_step, manifest.states) == (0, 0, ["weight"])
+    assert [(entry["kind"], entry["from"]) for entry in manifest.history] == [("import", str(source))]
     again = read_native(path)
     assert same(again, model)
     assert replace(again, tensors={}) == replace(model, tensors={})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.portable import read_native, write_native
 from megatron_tokenformer.commands.convert_checkpoint import main
 from megatron_tokenformer.errors import UserError
@@ -36,6 +37,7 @@ def test_out_and_in_again(kind: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (back.model, back.taus) == (there.model, there.taus)
     assert back.sequence_length == there.sequence_length
     assert all(torch.equal(there.tensors[name](), back.tensors[name]()) for name in there.tensors)
+    assert read_manifest(tmp_path / "back/step-00000000").history[0]["from"] == str(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
