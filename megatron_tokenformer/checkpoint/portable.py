@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +57,14 @@ class PortableModel:
         """
         for name in tqdm(full_shapes(self.model), unit="tensor", desc="weights", disable=None):
             yield name, self.tensors[name]()
+
+    def rounded(self, dtype: torch.dtype) -> PortableModel:
+        """The same with the numbers that remain of it in `dtype`, in fp32."""
+
+        def read(name: str) -> Tensor:
+            return self.tensors[name]().to(dtype).float()
+
+        return replace(self, tensors={name: partial(read, name) for name in self.tensors})
 
 
 def read_native(load: str | Path) -> PortableModel:

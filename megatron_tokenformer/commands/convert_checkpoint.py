@@ -2,7 +2,8 @@
 
 official: a checkpoint of the published Tokenformers, or of their training code.  native: a checkpoint of this
 program, of any layout; --to native writes one at step 0, without an optimizer's state, which trains on, grows
-and is evaluated like any other.
+and is evaluated like any other.  hf: a folder that Hugging Face transformers loads (and --to hf needs), with
+the model's own code in it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:  # torch takes a second, so --help does without
     from megatron_tokenformer.checkpoint.portable import PortableModel
 
 EPILOG = """\
-Memory holds one tensor at a time, and for the comparison one model, which --no-verify leaves out.
+Memory holds one tensor at a time (with --to hf one file, of 5 GB at most), and for the comparison one model,
+which --no-verify leaves out.
 
 examples:
   # published weights: pytorch_model.bin, with its YAML beside it or named
@@ -35,6 +37,10 @@ examples:
   # what the published training code wrote: latest, global_step143000/layer_*-model_states.pt, .../configs
   python tools/convert_checkpoint.py --from official --load work_dirs/150M/checkpoints \\
       --to native --save runs/150m/init
+
+  # for Hugging Face transformers, of any checkpoint of a run; and back, say after training there
+  python tools/convert_checkpoint.py --from native --load runs/124m --to hf --save 124m-hf
+  python tools/convert_checkpoint.py --from hf --load 124m-hf --to native --save runs/124m-back
 
   # and then
   python tools/evaluate.py --load runs/150m/init --data data/pile-validation_text_document
@@ -51,7 +57,7 @@ class Format:
     """How a format is read, written, and asked for logits; None where it cannot be."""
 
     read: Callable[[argparse.Namespace], PortableModel] | None
-    write: Callable[[PortableModel, Path], Path] | None
+    write: Callable[[PortableModel, argparse.Namespace], Path] | None
     logits: Callable[[Path, Tensor], Tensor] | None
     """of what was written, for ids [b, s]: [b, s, v] in fp32, by the code that users of the format run"""
 
@@ -68,10 +74,23 @@ def _read_native(given: argparse.Namespace) -> PortableModel:
     return read_native(given.load)
 
 
-def _write_native(portable: PortableModel, folder: Path) -> Path:
+def _read_hf(given: argparse.Namespace) -> PortableModel:
+    from megatron_tokenformer.huggingface.read import read_hf
+
+    return read_hf(Path(given.load))
+
+
+def _write_native(portable: PortableModel, given: argparse.Namespace) -> Path:
     from megatron_tokenformer.checkpoint.portable import write_native
 
-    return write_native(portable, folder)
+    return write_native(portable, given.save)
+
+
+def _write_hf(portable: PortableModel, given: argparse.Namespace) -> Path:
+    from megatron_tokenformer.huggingface.export import write_hf
+
+    print(write_hf(portable, given.save, given.dtype).told)
+    return given.save
 
 
 def _native_logits(path: Path, ids: Tensor) -> Tensor:
@@ -80,9 +99,16 @@ def _native_logits(path: Path, ids: Tensor) -> Tensor:
     return logits_of(read_native(path), ids)
 
 
+def _hf_logits(path: Path, ids: Tensor) -> Tensor:
+    from megatron_tokenformer.huggingface.export import hf_logits
+
+    return hf_logits(path, ids)
+
+
 FORMATS = {
     "official": Format(_read_official, None, None),
     "native": Format(_read_native, _write_native, _native_logits),
+    "hf": Format(_read_hf, _write_hf, _hf_logits),
 }
 
 
@@ -106,6 +132,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="with --from official: the model's config, if it is not beside the weights",
     )
+    add(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="with --to hf: of the weights in the folder (default: %(default)s); the comparison rounds the "
+        "source's weights to it, and computes in fp32",
+    )
     add("--no-verify", action="store_true", help="do not run both models on a prompt to compare their logits")
     add(
         "--tolerance",
@@ -122,6 +155,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     if given.yaml and given.source != "official":
         raise UserError(f"--yaml goes with --from official; what is {given.source} has its config in itself")
+    if given.dtype != "fp32" and given.target != "hf":
+        raise UserError(f"--dtype goes with --to hf; a checkpoint that is {given.target} holds fp32")
     return given
 
 
@@ -130,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     from megatron_tokenformer.checkpoint.portable import check_new
     from megatron_tokenformer.checkpoint.step_zero import check_writable
+    from megatron_tokenformer.evaluation.load import DTYPES
 
     check_new(given.save)
     check_writable(given.save, f"convert {given.load} into {given.save}")
@@ -137,7 +173,9 @@ def main(argv: list[str] | None = None) -> int:
     source, target = FORMATS[given.source], FORMATS[given.target]
     assert source.read and target.write and target.logits  # what parse lets through
     portable = source.read(given)
-    path = target.write(portable, given.save)
+    if given.dtype != "fp32":
+        portable = portable.rounded(DTYPES[given.dtype])
+    path = target.write(portable, given)
     figures = describe(given, portable, path) | {"seconds": round(time.perf_counter() - start, 3)}
     report(figures)
     if not given.no_verify:
