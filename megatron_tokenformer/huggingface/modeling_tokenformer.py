@@ -266,20 +266,19 @@ class TokenformerModel(TokenformerPreTrainedModel):
         mask = create_causal_mask(self.config, x, attention_mask, past, position_ids)
         tables = rotary_tables(position_ids, self.config.rotary_size)
 
-        states, attentions = [x], []
+        states = [] if wanted(output_hidden_states, self.config.output_hidden_states) else None
+        attentions = [] if wanted(output_attentions, self.config.output_attentions) else None
         for layer in self.layers:
+            if states is not None:
+                states.append(x)
             x, weights = layer(x, tables, mask, layer_past=past, **kwargs)
-            states.append(x)
-            attentions.append(weights)
-        states[-1] = x = self.final_norm(x)
+            if attentions is not None:
+                attentions.append(weights)
+        x = self.final_norm(x)
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
-            hidden_states=tuple(states)
-            if wanted(output_hidden_states, self.config.output_hidden_states)
-            else None,
-            attentions=tuple(attentions)
-            if wanted(output_attentions, self.config.output_attentions)
-            else None,
+            hidden_states=None if states is None else (*states, x),
+            attentions=None if attentions is None else tuple(attentions),
             **{CACHE: past if use_cache else None},
         )
         return outputs if wanted(return_dict, self.config.return_dict) else outputs.to_tuple()
