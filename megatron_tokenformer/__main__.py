@@ -1,7 +1,7 @@
 """The console command `tokenformer`, which starts every command line of the package by its name.
 
-A command is a module in `commands/` with a function `main`, called as its file is; its summary is the first line
-of its docstring.  Looking for them imports none: some take seconds.
+A command is a module in `commands/` with a function `main`, called as its file is; its summary is the first
+line of its docstring.  Looking for them imports none: some take seconds.
 """
 
 from __future__ import annotations
