@@ -157,6 +157,6 @@ def submodel(field: FieldInfo) -> type[BaseModel] | None:
 def _paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
     paths: list[str] = []
     for name, field in schema.model_fields.items():
-        submodel = submodel(field)
-        paths += _paths(submodel, f"{prefix}{name}.") if submodel else [f"{prefix}{name}"]
+        section = submodel(field)
+        paths += _paths(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return paths

@@ -1,4 +1,4 @@
-"""Tables of all keys of a schema: kind, bounds, default and meaning, as Markdown, read off the schema itself."""
+"""Tables of all keys of a schema as Markdown: kind, bounds, default and meaning, read off the schema."""
 
 from __future__ import annotations
 
