@@ -21,13 +21,13 @@ PAGE = """\
 
 <!-- Written by `python tools/config_reference.py > docs/configuration.md` from the schemas: change those. -->
 
-A run is one YAML file of sections and keys, `pretrain --config FILE`, as in `configs/`.  `base: OTHER` at its
-top, or a list of files, is read first, and this one merged onto it key by key; a path there is relative to the
-file that names it, all other paths to the folder that a command runs in.  On the command line
-`section.key=value` changes one key, its value being YAML (`null`, `[0.9, 0.95]`).  A key that does not exist is
-refused with the nearest one that does, and so are values that contradict each other.  The config as resolved is
-written into the run's folder and into each checkpoint.  `tokenformer config_reference KEY` prints what this page
-says of a key or of a section.
+A run is one YAML file of sections and keys, `pretrain --config FILE`, as in `configs/`.  `base: OTHER` at
+its top, or a list of files, is read first, and this one merged onto it key by key; a path there is relative
+to the file that names it, all other paths to the folder that a command runs in.  On the command line
+`section.key=value` changes one key, its value being YAML (`null`, `[0.9, 0.95]`).  A key that does not
+exist is refused with the nearest one that does, and so are values that contradict each other.  The config
+as resolved is written into the run's folder and into each checkpoint.
+`tokenformer config_reference KEY` prints what this page says of a key or of a section.
 
 """
 SCHEDULE = """\
