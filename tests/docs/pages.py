@@ -7,12 +7,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PYTHON = re.compile(r"^```python\n.*?^```", re.MULTILINE | re.DOTALL)
 FOREIGN_COLUMN = re.compile(r"^\| [^|]*\|", re.MULTILINE)
 
 
 def ours(page: Path) -> str:
-    """The text of a page; of tables that translate other projects' names, without the column of those."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    """The text of a page without Python, which has names of its own, and without other projects' names.
+
+    Those are the first column of the tables that translate them.
+    """
+    text = PYTHON.sub("", page.read_text(encoding="utf-8").replace("\\\n", " "))
     return FOREIGN_COLUMN.sub("|", text) if page.name == "coming-from.md" else text
 
 
