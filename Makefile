@@ -3,7 +3,8 @@
 # make test-cluster  those on pretend hosts and a real SLURM, as root (tests/cluster/needs.py)
 # make test-faults  kill a running schedule thirty times, for a quarter of an hour
 # make lint    ruff
-# make clean   remove what these made: .venv, runs/demo, caches
+# make docs    the documentation as a site, in site/
+# make clean   remove what these made: .venv, runs/demo, site, caches
 
 SHELL := /bin/bash
 VENV := .venv
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 PYTHON := python3
 
-.PHONY: demo install install-dev test test-cluster test-faults lint clean
+.PHONY: demo install install-dev test test-cluster test-faults lint docs clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python examples/demo/run.sh
@@ -35,8 +36,11 @@ lint: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+docs: $(DEVELOPMENT)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) runs/demo site build dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -51,13 +51,18 @@ def in_words(error: Exception) -> UserError:
     raise error
 
 
-def run_cli(main: Callable[[], int | None]) -> NoReturn:
+def run_cli(main: Callable[[], int | None], program: str | None = None) -> NoReturn:
     """Call ``main`` and leave the process with its exit code.
 
     A mistake of the user's, or a file that cannot be read or written, becomes one line on standard error and
     an exit code, Ctrl-C becomes 130 as in a shell. Any other exception is a bug of ours and keeps its
     traceback.
+
+    Args:
+        program: what usage lines call it; by default the name of its file.
     """
+    if program is not None:
+        sys.argv[0] = program
     try:
         code = main()
     except KeyboardInterrupt:

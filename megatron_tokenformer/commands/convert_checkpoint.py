@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tokenformer.commands.command_line import CommandParser
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError, run_cli
 
@@ -114,9 +115,7 @@ FORMATS = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__, EPILOG)
     add = parser.add_argument
     readable, writable = ([n for n, f in FORMATS.items() if getattr(f, key)] for key in ("read", "write"))
     add("--from", dest="source", required=True, choices=readable, help="the format of what is there")

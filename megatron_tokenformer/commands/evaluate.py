@@ -10,6 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from megatron_tokenformer.commands.command_line import CommandParser
 from megatron_tokenformer.config.schema import Parallel, resolve_precision
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import run_cli
@@ -43,9 +44,7 @@ READING = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__, EPILOG)
     add = parser.add_argument
     add("--load", required=True, help="a checkpoint, a folder of them, or a run's folder (then the newest)")
     add(

@@ -26,6 +26,7 @@ from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
 from megatron_tokenformer.checkpoint.step_zero import check_space, check_writable
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
 from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
+from megatron_tokenformer.commands.command_line import CommandParser, as_started
 from megatron_tokenformer.config.growth import Growth, Shrinking, check_has_tokens
 from megatron_tokenformer.config.load import dump_config, load_config, merge, parse_override, validate
 from megatron_tokenformer.config.schema import RunConfig
@@ -65,9 +66,7 @@ OF_GROWTH = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__, EPILOG)
     add = parser.add_argument
     add("--load", required=True, help="checkpoint to grow, or a folder of them (then the newest)")
     size = parser.add_mutually_exclusive_group(required=True)
@@ -240,7 +239,7 @@ def tell_how_to_measure(target: RunConfig, source: Path, path: str) -> None:
     data = [word for prefix in prefixes for word in ("--data", prefix)]
     print("what it cost:")
     for load in (str(source), path):
-        print(f"  python tools/evaluate.py {shlex.join(['--load', load, *data])}")
+        print(as_started(f"  python tools/evaluate.py {shlex.join(['--load', load, *data])}"))
 
 
 def tell_next_stage(given: argparse.Namespace, target: RunConfig) -> None:

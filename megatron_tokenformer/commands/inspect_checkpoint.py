@@ -17,6 +17,7 @@ from megatron_tokenformer.checkpoint.inspection import (
     tensor_rows,
 )
 from megatron_tokenformer.checkpoint.manifest import Manifest
+from megatron_tokenformer.commands.command_line import CommandParser
 from megatron_tokenformer.errors import UserError, printable, run_cli
 
 EXAMPLE = """examples:
@@ -49,9 +50,7 @@ MEANS = {"norms": "norm", "reach": "|K| |V|"}
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("path", metavar="DIR", type=Path, help="a checkpoint, a folder of them, or a run's folder")
     add("--tensors", action="store_true", help="list every tensor (default: those of a role together)")

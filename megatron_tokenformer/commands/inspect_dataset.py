@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tokenformer.commands.command_line import CommandParser
 from megatron_tokenformer.data.indexed import TokenFile
 from megatron_tokenformer.data.inspection import Inspection, inspect_dataset
 from megatron_tokenformer.data.sidecar import read_sidecar
@@ -33,9 +34,7 @@ _SHOWN_TOKENS, _SHOWN_IDS = 200, 16
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("prefix", metavar="PREFIX", help="the pair's name, without .bin")
     add("--documents", type=int, default=3, metavar="N", help="show the first N documents (default: 3)")

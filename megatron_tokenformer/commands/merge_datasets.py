@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 
+from megatron_tokenformer.commands.command_line import CommandParser
 from megatron_tokenformer.data.merging import merge_datasets
 from megatron_tokenformer.errors import run_cli
 
@@ -20,9 +20,7 @@ EXAMPLE = """example:
 
 def main() -> None:
     """Merge, and say what was made."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PREFIX", help="pairs to join, without .bin, in order")
     add("--output-prefix", required=True, metavar="PREFIX", help="outputs are PREFIX.bin, .idx, .json")

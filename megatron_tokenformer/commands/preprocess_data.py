@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 
+from megatron_tokenformer.commands.command_line import CommandParser
 from megatron_tokenformer.data.encode import Job
 from megatron_tokenformer.data.fast_tokenizer import BACKENDS
 from megatron_tokenformer.data.inputs import add_input_arguments, parse_shard
@@ -28,9 +29,7 @@ EXAMPLE = """examples:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__, EXAMPLE)
     add_input_arguments(parser)
     add = parser.add_argument
     add(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
+from megatron_tokenformer.commands.command_line import CommandParser
 from megatron_tokenformer.data.inputs import add_input_arguments
 from megatron_tokenformer.data.tokenizer_training import TRAINABLE_TYPES, train_tokenizer
 from megatron_tokenformer.errors import run_cli
@@ -16,9 +15,7 @@ EXAMPLE = """example:
 
 def main() -> None:
     """Parse the command line, train, and say how many ids there are."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__, EXAMPLE)
     add_input_arguments(parser)
     add = parser.add_argument
     add("--type", choices=TRAINABLE_TYPES, default="HFTokenizer")

@@ -142,11 +142,11 @@ def _nearest(schema: type[BaseModel], location: list[str]) -> str:
 
 def _section(schema: type[BaseModel], location: list[str]) -> type[BaseModel]:
     for part in location:
-        schema = (part in schema.model_fields and _submodel(schema.model_fields[part])) or schema
+        schema = (part in schema.model_fields and submodel(schema.model_fields[part])) or schema
     return schema
 
 
-def _submodel(field: FieldInfo) -> type[BaseModel] | None:
+def submodel(field: FieldInfo) -> type[BaseModel] | None:
     """The schema that a field holds, itself or as a member of a union or list."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -157,6 +157,6 @@ def _submodel(field: FieldInfo) -> type[BaseModel] | None:
 def _paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
     paths: list[str] = []
     for name, field in schema.model_fields.items():
-        submodel = _submodel(field)
-        paths += _paths(submodel, f"{prefix}{name}.") if submodel else [f"{prefix}{name}"]
+        section = submodel(field)
+        paths += _paths(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return paths

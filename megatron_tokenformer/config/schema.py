@@ -65,8 +65,11 @@ class Model(Section):
     architecture: Literal["tokenformer", "transformer"] = "tokenformer"
     """transformer: a dense GPT in the same engine, for comparisons; it has no tokens and no score_norm"""
     layers: Layers = 12
+    """Tokenformer layers, each an attention and a feed-forward part"""
     hidden_size: Channels = 768
+    """channels of the activations between layers; attention_heads divides it"""
     attention_heads: Channels = 12
+    """heads of each layer; parallel.tensor divides them"""
     tokens: Tokens = Tokens()
     score_norm: ScoreNorm = "l2_norm_gelu"
     """how scores become weights over parameter tokens (paper, equation 6 and table 5)"""
@@ -75,6 +78,7 @@ class Model(Section):
     rotary_fraction: Fraction = 0.25
     """share of each head's channels that is rotated"""
     layer_norm_eps: float = Field(1e-5, gt=0.0)
+    """what every LayerNorm adds to the variance"""
 
     @property
     def is_dense(self) -> bool:
@@ -143,6 +147,7 @@ class Tokenizer(Section):
     type: Literal[
         "HFTokenizer", "GPT2BPETokenizer", "TikTokenizer", "SentencePieceTokenizer", "ByteTokenizer"
     ] = "HFTokenizer"
+    """as `--tokenizer-type` of preprocess_data has it"""
     model: str | None = None
     """tokenizer.json, vocab.json, .tiktoken or .model file; where it is there, it must be that of the data"""
     merges: str | None = None
@@ -159,6 +164,7 @@ class Data(Section):
     validation: list[tuple[float, str]] = []
     """likewise, for the loss that is reported; may be empty"""
     sequence_length: Length = 1024
+    """tokens of a training sample; its labels are the same tokens one further"""
     isolate_documents: bool = False
     """a position attends to its own document only, and rotary positions start at 0 in each document
     (Megatron's --reset-attention-mask and --reset-position-ids together)"""
@@ -167,6 +173,7 @@ class Data(Section):
     eod_id: int | None = Field(None, ge=0, lt=2**31)
     """the end-of-document id that the two keys above go by; by default the one in the data's PREFIX.json"""
     tokenizer: Tokenizer | None = None
+    """by default what the descriptions of the data say; if given, they must say the same"""
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -178,14 +185,20 @@ class Optimizer(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(6e-4, gt=0.0)
+    """the highest learning rate, reached after the warm-up"""
     min_lr: float = Field(6e-5, ge=0.0)
     """where the schedule ends"""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """decay of Adam's first and second moment"""
     eps: float = Field(1e-8, gt=0.0)
+    """what Adam adds to the root of the second moment"""
     weight_decay: float = Field(0.1, ge=0.0)
+    """AdamW's: a step takes lr times this share from every parameter"""
     clip_grad: float = Field(1.0, ge=0.0)
     """largest global gradient norm; 0 does not clip"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """how the learning rate goes from lr to min_lr after the warm-up: all the way; or, with wsd, in the last
+    steps alone; or, with constant, not at all"""
     warmup_steps: StepsOrZero = 0
     """steps of linear warm-up to lr"""
     wsd_decay_fraction: Fraction = 0.2
@@ -227,6 +240,7 @@ class Training(Section):
     eval_steps: StepsOrZero = 10
     """global batches of one evaluation; 0 never evaluates"""
     log_interval: Steps = 10
+    """steps between rows of metrics.jsonl, and lines on the terminal"""
     max_minutes: float | None = Field(None, gt=0.0)
     """so long after its start a call saves and leaves with exit code 85, as after SIGTERM or SIGUSR1; give
     less than the job's time limit, by a step and a save; null: never"""
@@ -239,6 +253,7 @@ class Training(Section):
     """a loss above spike_factor times the running median: say so; leave the batch out; or go back to the
     newest checkpoint and leave out all data from there to the end of the batch"""
     spike_factor: float = Field(1.5, gt=1.0)
+    """what on_spike goes by"""
     spike_window: int = Field(32, ge=4, le=10_000)
     """steps that the median is of; before half of them are done nothing is a spike"""
     max_rollbacks: StepsOrZero = 3
@@ -278,7 +293,9 @@ class Wandb(Section):
     """Weights & Biases; `offline` needs no account and no network."""
 
     mode: Literal["online", "offline", "disabled"] = "disabled"
+    """online sends as it goes, offline writes files for `wandb sync`"""
     project: str = "megatron_tokenformer"
+    """the project that runs appear in"""
 
 
 class Logging(Section):
@@ -286,6 +303,7 @@ class Logging(Section):
 
     wandb: Wandb = Wandb()
     tensorboard: bool = False
+    """also write event files into RUN_DIR/tensorboard"""
 
 
 class RunConfig(Section):

@@ -152,7 +152,8 @@ def _append(writer: TokenFileWriter, part: Pair, report: Callable[[int], object]
         last = int(ends[-1])
     if not sound or tokens != writer.tokens - tokens_before or last != index.sequences:
         raise UserError(
-            f"{part.prefix} is damaged: its files contradict each other; tools/inspect_dataset.py says where",
+            f"{part.prefix} is damaged: its files contradict each other; "
+            f"`tokenformer inspect_dataset {part.prefix}` says where",
             exit_code=1,
         )
 

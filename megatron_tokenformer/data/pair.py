@@ -182,7 +182,7 @@ def _check_description(pair: Pair) -> None:
 
 def _damaged(prefix: str, how: str) -> UserError:
     return UserError(
-        f"{prefix} is damaged: {how}; python tools/inspect_dataset.py {prefix} tells all that is wrong",
+        f"{prefix} is damaged: {how}; `tokenformer inspect_dataset {prefix}` tells all that is wrong",
         exit_code=1,
     )
 

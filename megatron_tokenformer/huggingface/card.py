@@ -28,7 +28,7 @@ tags:
 | trained on sequences of | {length:,} tokens |
 | weights | {dtype} |
 
-The code of the model is in this folder and needs torch and transformers (5.20 or later) alone:
+The code of the model is in this folder and needs torch and transformers (5.24 or later) alone:
 
 ```python
 {code}

@@ -38,7 +38,7 @@ except ModuleNotFoundError as missing:
     raise UserError(
         f"writing a Hugging Face model needs {missing.name}: pip install 'megatron-tokenformer[hf]'"
     ) from None
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20):
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
     raise UserError(
         f"transformers {transformers.__version__} is too old to write a Hugging Face model: "
         f"pip install 'megatron-tokenformer[hf]'"

@@ -25,8 +25,6 @@ from .configuration_tokenformer import TokenformerConfig
 Tables = tuple[Tensor, Tensor]
 """cos and sin of the rotary embedding, [b, 1, s, rotary_size] each, fp32"""
 ROTARY_BASE = 10_000.0
-# transformers 5.24 calls what was past_key_values in inputs and outputs cache; here both names are taken.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def normalised_scores(scores: Tensor, tau: float, kind: str) -> Tensor:
@@ -246,7 +244,7 @@ class TokenformerModel(TokenformerPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """As any decoder of transformers; `cache` and `past_key_values` are two names of one thing.
+        """As any decoder of transformers; `past_key_values` is what was the name of `cache` before 5.24.
 
         Args:
             attention_mask: [b, keys], 0 where a row is padded, on the left or on the right.
@@ -279,7 +277,7 @@ class TokenformerModel(TokenformerPreTrainedModel):
             last_hidden_state=x,
             hidden_states=None if states is None else (*states, x),
             attentions=None if attentions is None else tuple(attentions),
-            **{CACHE: past if use_cache else None},
+            cache=past if use_cache else None,
         )
         return outputs if wanted(return_dict, self.config.return_dict) else outputs.to_tuple()
 
@@ -364,6 +362,6 @@ class TokenformerForCausalLM(TokenformerPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            cache=outputs.cache,
         )
         return answer if wanted(return_dict, self.config.return_dict) else answer.to_tuple()

@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_tokenformer.progressive",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -101,4 +100,4 @@ def _report(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "python -m megatron_tokenformer.progressive")

@@ -18,12 +18,15 @@ class Slurm(Section):
     """What is asked of SLURM for each stage's job."""
 
     partition: str | None = None
+    """which part of the cluster; by default SLURM's choice"""
     account: str | None = None
+    """whom the time is charged to; by default SLURM's choice"""
     time: str | None = None
     """limit of one job, as sbatch reads it ("1-12:00:00"); a job that reaches it ends the call"""
     gpus_per_node: int | None = Field(None, ge=0)
     """by default one for each process; 0 asks for none"""
     cpus_per_task: PositiveInt | None = None
+    """cores of each process; by default SLURM's choice"""
     extra: list[str] = []
     """further sbatch options, each as written after #SBATCH"""
     setup: list[str] = []
@@ -43,7 +46,9 @@ class Launch(Section):
     """Where processes are started, unless a stage says otherwise."""
 
     processes_per_node: PositiveInt = 1
+    """one for each GPU"""
     nodes: PositiveInt = 1
+    """hosts that a stage runs on"""
     hostfile: str | None = None
     """for the launcher deepspeed on several nodes: lines of `host slots=N`"""
     slurm: Slurm = Slurm()
@@ -59,8 +64,11 @@ class StageConfig(Section):
     config: dict[str, Any] = {}
     """keys of a run's config that are this stage's own"""
     growth: Growth | None = None
+    """how it grows from the stage before; by default exactly, by the defaults of these keys"""
     processes_per_node: PositiveInt | None = None
+    """by default the schedule's"""
     nodes: PositiveInt | None = None
+    """by default the schedule's"""
 
     @field_validator("name")
     @classmethod
@@ -82,6 +90,7 @@ class Schedule(Section):
     """keys of a run's config that all stages share"""
     launch: Launch = Launch()
     stages: list[StageConfig] = Field(min_length=1)
+    """in order, from the smallest model to the largest"""
 
     @model_validator(mode="after")
     def _stages_differ(self) -> Schedule:

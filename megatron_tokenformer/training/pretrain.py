@@ -30,7 +30,6 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, join the other processes, train."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_tokenformer.training.pretrain",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,4 +77,4 @@ def pretrain(config: RunConfig, profile_steps: int = 0) -> str | None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "python -m megatron_tokenformer.training.pretrain")

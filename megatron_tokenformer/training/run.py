@@ -214,7 +214,7 @@ def check_model(path: Path, manifest: Manifest, model: Model) -> None:
         name, there, here = differs
         raise UserError(
             f"checkpoint {path} has {name} of shape {there}, the config's model has {here}; "
-            f"use its own config, or grow it with tools/grow_checkpoint.py"
+            f"use its own config, or grow it with `tokenformer grow_checkpoint`"
         )
     for key, here in model.model_dump(mode="json").items():
         there = stored.get(key)

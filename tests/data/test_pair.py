@@ -88,7 +88,7 @@ def test_damage_that_costs_nothing_to_find_is_refused_by_name(prefix: str, words
     said = str(refused.value)
     assert refused.value.exit_code == 1
     assert said.startswith(f"{prefix} is damaged: ")
-    assert f"tools/inspect_dataset.py {prefix} " in said
+    assert f"tokenformer inspect_dataset {prefix}`" in said
     assert inspect_dataset(prefix).damages, "the tool that it points at must tell it as well"
 
 
