@@ -275,10 +275,12 @@ class Checkpoint(Section):
 
 
 class Wandb(Section):
-    """Weights & Biases; `offline` needs no account and no network."""
+    """Weights & Biases; `offline` needs no account and no network, and `online` without them is offline."""
 
     mode: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "megatron_tokenformer"
+    group: str | None = None
+    """of runs that belong together; the stages of a schedule get its folder's name"""
 
 
 class Logging(Section):

@@ -7,10 +7,10 @@ from typing import Any
 
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.durable import replace_durably
+from megatron_tokenformer.metrics_file import METRICS, read_rows
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
 from megatron_tokenformer.progressive.plot import PLOT, plot_losses
-from megatron_tokenformer.training.metrics import METRICS, read_rows
 
 REPORT = "report.md"
 HEADER = (

@@ -23,7 +23,7 @@ import pytest
 
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.faults.processes import ROOT, descendants, kill, start
 from tests.toy import write_tokens
 
