@@ -143,7 +143,7 @@ def _open_sinks(
         state = WandbState.read(folder)
         sinks.append(
             Guarded(
-                "W&B", lambda first: WandbSink(config, state, step if first else None, last_step, say), say
+                "W&B", lambda first: WandbSink(config, state, (step, last_step) if first else None, say), say
             )
         )
     if config.logging.tensorboard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -74,16 +75,20 @@ class Guarded:
         self._wait = 0
         self._try()
         if self._sink is None:
-            self._say(
-                f"warning: {self._name} lacks the last {len(self._pending)} rows; metrics.jsonl has all"
-            )
-            return
+            return self._lacking()
         try:
             told = self._sink.close()
         except Exception as error:
-            told = f"warning: {self._name} was not closed properly: {one_line(error)}; metrics.jsonl has all rows"
+            return self._lacking(f" ({one_line(error)})")
         if told:
             self._say(told)
+        elif self._failures:
+            self._recovered()
+        return None
+
+    def _lacking(self, why: str = "") -> None:
+        count = len(self._pending) + self._lost
+        self._say(f"warning: {self._name} lacks some of the last {count} rows{why}; metrics.jsonl has all")
 
     def _add(self, call: Callable[[Sink], None]) -> None:
         self._pending.append(call)
@@ -114,9 +119,12 @@ class Guarded:
             self._pending.popleft()
             self._handed -= 1
         if self._failures and not self._pending:
-            missing = f", but {self._lost} rows are missing there" if self._lost else ""
-            self._say(f"{self._name} is written again{missing}")
-            self._failures = self._lost = 0
+            self._recovered()
+
+    def _recovered(self) -> None:
+        missing = f", but {self._lost} rows are missing there" if self._lost else ""
+        self._say(f"{self._name} is written again{missing}")
+        self._failures = self._lost = 0
 
     def _failed(self, error: Exception) -> None:
         sink, self._sink, self._handed = self._sink, None, 0
@@ -151,9 +159,13 @@ def check_packages(logging: Logging) -> None:
     }
     for package, (extra, key, asked) in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{key} needs the package {package}; pip install 'megatron-tokenformer[{extra}]', or turn it off"
-            )
+            raise UserError(f"{key} needs the package {package}: pip install 'megatron-tokenformer[{extra}]'")
+
+
+def _without_tensorboard(raised: threading.ExceptHookArgs) -> None:
+    """What its writing thread dies of is raised by the next call, and told then; not here as a traceback."""
+    if not type(raised.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(raised)
 
 
 class TensorboardSink:
@@ -171,6 +183,7 @@ class TensorboardSink:
         self._writer.flush()
 
     def _open(self, step: int | None) -> None:
+        threading.excepthook = _without_tensorboard
         from torch.utils.tensorboard import SummaryWriter  # costs a second, and is an option
 
         self._writer = SummaryWriter(str(self._folder), purge_step=None if step is None else step + 1)

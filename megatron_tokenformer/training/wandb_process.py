@@ -2,20 +2,18 @@
 
 W&B may hang, die, or wait for a network for hours, at any call and again when the process ends.  Here that
 stops nobody: the run writes lines into a pipe and goes on (`wandb_sink.py`).  An input that ends without
-`finish` is a run that died.  What it answers, likewise a line each, is `ready`, `told` (for the user), `done`
-(how many commands so far), and `failed`, its last.
+`finish` is a run that died.  What it answers, likewise a line each, is `ready` (where W&B's files are, with
+its `services`), `told` (for the user), `done` (how many commands so far), and `failed`, its last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 from typing import Any, TextIO
-
-START_S = 60.0
-"""so long W&B may take to reach its server before the run is written offline"""
 
 
 def main() -> int:
@@ -41,7 +39,7 @@ def open_run(wanted: dict[str, Any], answers: TextIO) -> Any:
 
     known = wandb.Settings.model_fields
     settings = {
-        "init_timeout": START_S,
+        "init_timeout": wanted.pop("start_s"),
         "console": "off",
         "x_stats_pid": wanted.pop("pid"),
         "finish_timeout": wanted.pop("finish_s"),
@@ -53,6 +51,8 @@ def open_run(wanted: dict[str, Any], answers: TextIO) -> Any:
         if wanted["mode"] != "online":
             raise
         why = " ".join(str(error).split())
+        with contextlib.suppress(Exception):
+            wandb.teardown()  # its service holds the run's id
         run = wandb.init(**{**wanted, "mode": "offline"})
         answer(
             answers,
@@ -62,8 +62,17 @@ def open_run(wanted: dict[str, Any], answers: TextIO) -> Any:
     # Charts are drawn against the run's own step, which goes back when the run does; W&B's may not.
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
-    answer(answers, ready=run.settings.sync_dir)
+    answer(answers, ready=run.settings.sync_dir, services=own_children())
     return run
+
+
+def own_children() -> list[int]:
+    """W&B's service, which has a session of its own and would outlive this process if it hangs."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:  # not Linux
+        return []
 
 
 def follow(run: Any, answers: TextIO) -> int:
@@ -84,11 +93,10 @@ def follow(run: Any, answers: TextIO) -> int:
 
 def answer(answers: TextIO, **said: Any) -> None:
     """Tell the run, which may be gone."""
-    try:
+    with contextlib.suppress(BrokenPipeError):
         answers.write(json.dumps(said) + "\n")
-    except BrokenPipeError:
-        pass
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Nothing that W&B would still do at the end, such as to wait for a service that is dead.
+    os._exit(main())

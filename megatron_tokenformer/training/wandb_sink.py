@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,61 @@ import megatron_tokenformer
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.durable import replace_durably
-from megatron_tokenformer.training.wandb_process import START_S
 
 STATE = "wandb-run.json"
 """in the run's folder: which W&B run it is, and how far W&B's own step is ahead of the run's"""
-FINISH_S = 120
+START_S = 60.0
+"""so long W&B may take to reach its server before the run is written offline"""
+FINISH_S = 120.0
 """so long W&B may take at the end to send what is left; the rest stays on the disk"""
+GRACE_S = 30.0
+"""so long its process may take longer than W&B's own limits"""
 PIPE_BYTES = 1 << 20
 MOST_BACKLOG_BYTES = 64 << 20
 """of lines that the process has not read: it is stuck"""
 
 
+@dataclass
+class WandbState:
+    """Which W&B run a run's folder belongs to."""
+
+    path: Path
+    identity: str
+    offset: int = 0
+    """how far W&B's own step is ahead of the run's"""
+    last: int = -1
+    """the last step that was logged"""
+
+    @classmethod
+    def read(cls, folder: Path) -> WandbState:
+        """Of a run's folder; of a new W&B run if it has none yet."""
+        path = folder / STATE
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, str(stored["id"]), int(stored["offset"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls(path, secrets.token_hex(4))
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step than the last, or from that."""
+        if self.last > step:  # and what comes next may be of that very step
+            self.offset += self.last - step + 1
+        self.last = step
+        # If it cannot be kept, the next start is another W&B run, or loses rows there: no reason to end this.
+        with contextlib.suppress(OSError):
+            stored = {"id": self.identity, "offset": self.offset}
+            replace_durably(self.path, json.dumps(stored) + "\n")
+
+
 class WandbSink:
     """A W&B run, which a run that is started again goes on with.
 
-    W&B refuses rows at steps before its last.  So its own step is the run's plus an offset, which grows by what
-    is done again whenever the run goes back; charts are drawn against `step` (`wandb_process.py`).
+    W&B refuses rows at steps before its last.  So its own step is the run's plus an offset, which grows by
+    what is done again whenever the run goes back; charts are drawn against `step` (`wandb_process.py`).
 
     Args:
-        step: the last step that counts (-1: none).  None: the sink is opened again in the middle of a run, which
-            does not wait for it.
-        last_step: the last step that had been logged, counting or not.
+        start: the last step that counts (-1: none), and the last that had been logged, counting or not (None:
+            none).  Without, the sink is opened again in the middle of a run, which does not wait for it.
         say: prints a line.
 
     Raises:
@@ -48,20 +83,23 @@ class WandbSink:
     """
 
     def __init__(
-        self, config: RunConfig, step: int | None, last_step: int | None, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        state: WandbState,
+        start: tuple[int, int | None] | None,
+        say: Callable[[str], None],
     ) -> None:
-        self._say, self._backlog, self._partial = say, b"", b""
-        self._settled, self._done, self._last = 0, 0, 0 if step is None else step
-        self._state_path = Path(config.run_dir) / STATE
-        self._state = _read_state(self._state_path)
-        if step is not None and last_step is not None:
-            self._state["offset"] += max(last_step - step, 0)
-        with contextlib.suppress(OSError):  # the next start is then another W&B run, which loses nothing
-            replace_durably(self._state_path, json.dumps(self._state) + "\n")
-        self._synced = ""
+        self._state, self._say = state, say
+        self._backlog, self._partial, self._synced = b"", b"", ""
+        self._settled, self._done = 0, 0
+        self._services: list[int] = []
+        if start is not None:
+            step, last_step = start
+            state.last = step if last_step is None else max(last_step, step)
+            state.go_back(step)
         self._process = _start()
-        self._send(_description(config, self._state["id"]))
-        if step is not None:
+        self._send(_description(config, state.identity))
+        if start is not None:
             self._await_ready()
 
     def log(self, row: dict[str, Any]) -> None:
@@ -78,10 +116,7 @@ class WandbSink:
         self._row({"step": row["step"], "event": kind, "told": told, **numbers}, summary)
 
     def rewind(self, step: int) -> None:
-        self._state["offset"] += max(self._last - step, 0)
-        self._last = step
-        with contextlib.suppress(OSError):
-            replace_durably(self._state_path, json.dumps(self._state) + "\n")
+        self._state.go_back(step)
         self._send({})  # nothing to do, but a call that is settled
 
     def settled(self) -> int:
@@ -91,23 +126,26 @@ class WandbSink:
 
     def close(self) -> str | None:
         """Wait until all is sent, but not for ever."""
-        stop = time.monotonic() + FINISH_S + 30.0  # W&B's own limit should come first
+        stop = time.monotonic() + FINISH_S + GRACE_S
         try:
             self._send({"finish": 0})
             while self._backlog and time.monotonic() < stop:
                 select.select([], [self._pipe], [], 1.0)
                 self._push()
             self._pipe_end()
-            self._process.wait(max(stop - time.monotonic(), 0.0))
+            code = self._process.wait(max(stop - time.monotonic(), 0.0))
+            self._hear()
+            if code != 0:
+                raise RuntimeError(f"its process ended with code {code}")
         except subprocess.TimeoutExpired:
-            return f"warning: W&B has not taken all rows in time; {self._sync_command()} sends them"
+            return f"warning: W&B has not taken all rows in time; `wandb sync {self._synced}` sends them"
         finally:
             self._end()
         return None
 
     def _row(self, row: dict[str, Any], summary: dict[str, Any] | None = None) -> None:
-        self._last = row["step"]
-        command = {"row": row, "at": row["step"] + self._state["offset"]}
+        self._state.last = row["step"]
+        command = {"row": row, "at": row["step"] + self._state.offset}
         self._send({**command, "summary": summary} if summary else command)
 
     def _send(self, command: dict[str, Any]) -> None:
@@ -149,11 +187,11 @@ class WandbSink:
             if "done" in said:
                 self._settled, self._done = self._settled + said["done"] - self._done, said["done"]
             if "ready" in said:
-                ready, self._synced = True, said["ready"]
+                ready, self._synced, self._services = True, said["ready"], said["services"]
         return ready
 
     def _await_ready(self) -> None:
-        stop = time.monotonic() + 2 * START_S + 30.0  # online, and then offline
+        stop = time.monotonic() + 2 * START_S + GRACE_S  # online, and then offline
         while not self._hear():
             if self._process.poll() is not None and not self._hear():
                 raise RuntimeError(f"its process ended with code {self._process.returncode}")
@@ -177,18 +215,16 @@ class WandbSink:
         self._process.stdin.close()
 
     def _end(self) -> None:
-        """Leave nothing behind: the process leads a group, in which W&B's own is."""
-        with contextlib.suppress(ProcessLookupError):
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """Leave nothing behind that hangs."""
+        if self._process.poll() is None:
+            for pid in (self._process.pid, *self._services):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-
-    def _sync_command(self) -> str:
-        return f"`wandb sync {self._synced}`"
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -211,7 +247,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _description(config: RunConfig, identity: str) -> dict[str, Any]:
-    """What `wandb.init` gets, and two things for the process."""
+    """What `wandb.init` gets, and three things for the process."""
     wandb = config.logging.wandb
     told = {"stage": Path(config.run_dir).name, "parameters": parameter_count(config.model)}
     return {
@@ -224,13 +260,6 @@ def _description(config: RunConfig, identity: str) -> dict[str, Any]:
         "mode": wandb.mode,
         "config": {**config.model_dump(mode="json"), **told},
         "pid": os.getpid(),
+        "start_s": START_S,
         "finish_s": FINISH_S,
     }
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return {"id": str(state["id"]), "offset": int(state["offset"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"id": secrets.token_hex(4), "offset": 0}
