@@ -18,7 +18,8 @@ FULL, LAST = 1, 4
 
 def wandb_files(run_folder: Path) -> list[Path]:
     """A run's files, in the order in which they were begun."""
-    return sorted((run_folder / "wandb").glob("*run-*-*/run-*.wandb"))
+    found = (run_folder / "wandb").glob("*run-*-*/run-*.wandb")
+    return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"))
 
 
 def records(path: Path) -> Iterator[Any]:
