@@ -1,6 +1,7 @@
-"""Draw validation loss or perplexity of runs and schedules against their cumulative cost, on logarithmic axes.
+"""Draw validation loss or perplexity of runs and schedules against cumulative cost, on logarithmic axes.
 
-Costs add up over the stages of a schedule.  A diamond is a growth.  Of one schedule alone, each stage has a colour.
+Costs add up over the stages of a schedule.  A diamond is a growth.  Of one schedule alone, each stage has a
+colour.
 """
 
 from __future__ import annotations

@@ -63,10 +63,8 @@ def write(chart: Chart, curves: Sequence[Curve], paths: Sequence[Path]) -> None:
         UserError: nothing to draw, or a picture without matplotlib.
     """
     if not chart.panels:
-        raise UserError(
-            f"there is nothing to draw yet of {', '.join(curve.label for curve in curves)}: metrics.jsonl has "
-            "no rows of this kind"
-        )
+        names = ", ".join(curve.label for curve in curves)
+        raise UserError(f"there is nothing to draw of {names}: metrics.jsonl has no rows of this kind (yet)")
     for path in paths:
         if path.suffix.lower() == PAGE:
             write_page(chart, curves, path)

@@ -116,13 +116,15 @@ def scaling_chart(
     lines, marks = [], []
     alone = len(curves) == 1 and len(curves[0].stages) > 1
     for number, curve in enumerate(curves):
+        named = False
         for index, stage in enumerate(curve.stages):
             colour = COLOURS[(index if alone else number) % len(COLOURS)]
             places = stage.evaluations[x] + curve.before(index, x)
             seen = np.flatnonzero((places > 0) & ~np.isnan(stage.evaluations[y]))
-            label = stage.name if alone else curve.label if index == 0 else ""
             if len(seen) == 0:
                 continue
+            label = stage.name if alone else "" if named else curve.label
+            named = True
             values = stage.evaluations[y][seen]
             lines.append(Line(label, colour, *thinned(places[seen], values), style="points"))
             if index:

@@ -43,9 +43,11 @@ class Stage:
     @property
     def parameters(self) -> int | None:
         """Of its model, if the config is there and is one that this version reads."""
+        if not self.config.get("model"):
+            return None
         try:
-            return parameter_count(validate(RunConfig, self.config, "")) if self.config.get("model") else None
-        except (UserError, ValueError, TypeError):
+            return parameter_count(validate(RunConfig, self.config, "config.yaml").model)
+        except UserError:
             return None
 
     def last(self, name: str) -> float:

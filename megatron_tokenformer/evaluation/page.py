@@ -1,4 +1,4 @@
-"""A chart as one HTML page that needs nothing else: curves to look into, the figures at the end, the configs."""
+"""A chart as one HTML page that needs nothing else: curves to look into, figures at the end, configs."""
 
 from __future__ import annotations
 

@@ -19,17 +19,15 @@ def can_draw() -> bool:
 
 
 def draw(chart: Chart, path: Path) -> None:
-    """Write a chart as PNG, PDF or SVG, as the name says.
+    """Write a chart that has panels as PNG, PDF or SVG, as the name says.
 
     Raises:
-        UserError: there is no matplotlib, or nothing to draw.
+        UserError: there is no matplotlib.
     """
     if not can_draw():
         raise UserError(
             "pictures need matplotlib: pip install 'megatron-tokenformer[plots]'; or write an .html"
         )
-    if not chart.panels:
-        raise UserError("there is nothing to draw: no rows in metrics.jsonl that this chart shows")
     import matplotlib  # half a second, and only needed here
 
     matplotlib.use("Agg")
