@@ -71,6 +71,7 @@ class Panel:
     lines: list[Line]
     log_y: bool = False
     percent: bool = False
+    from_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def run_chart(curves: Sequence[Curve], x: Axis = "step", smooth: int | None = No
             )
         ]
         if lines:
-            panels.append(Panel(Y_LABELS[name], lines, name == "grad_norm", name == "mfu"))
+            rate = name in ("tokens_per_s", "mfu")
+            panels.append(Panel(Y_LABELS[name], lines, name == "grad_norm", name == "mfu", rate))
     marks = [mark for curve in curves for mark in (*_growths(curve, x), *_setbacks(curve, x))]
     return Chart(title, X_LABELS[x], False, [panel for panel in panels if panel.lines], marks)
 

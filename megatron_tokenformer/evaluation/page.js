@@ -54,9 +54,13 @@
     figure.appendChild(legend);
   }
 
-  const shown = (panel) => panel.content.lines.filter((line, i) => !hidden.has(line.label || owner(panel, i)));
-  // A pale line has no name: it goes with the thick one that follows it.
-  const owner = (panel, i) => (panel.content.lines[i + 1] || {}).label;
+  function shown(panel) {
+    const lines = panel.content.lines;
+    // A pale line has no name: it goes with the thick one that follows it.  So do a schedule's later stages,
+    // with the first that has the colour.
+    const owner = (line, i) => (line.style === "raw" ? lines[i + 1] : lines.find((each) => each.colour === line.colour));
+    return lines.filter((line, i) => !hidden.has(line.label || (owner(line, i) || {}).label));
+  }
 
   function range(values, log) {
     let low = Infinity, high = -Infinity;
@@ -124,6 +128,7 @@
     svg.replaceChildren();
     const lines = shown(panel);
     const xs = zoom || allX(), ys = range(inside(lines, "y"), content.logY);
+    if (content.fromZero) ys[0] = 0;
     const x = (panel.x = scale(xs, data.logX, left, width - right));
     const y = (panel.y = scale(ys, content.logY, height - bottom, top));
     const clip = `clip${panels ? panels.indexOf(panel) : 0}-${width}`;

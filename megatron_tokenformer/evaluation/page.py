@@ -60,6 +60,7 @@ def chart_data(chart: Chart) -> dict[str, Any]:
                 "yLabel": panel.y_label,
                 "logY": panel.log_y,
                 "percent": panel.percent,
+                "fromZero": panel.from_zero,
                 "lines": [
                     {
                         "label": line.label,
@@ -124,11 +125,14 @@ def events_table(stages: Sequence[tuple[Curve, Stage]]) -> str:
         for event in stage.events
     ]
     return (
-        "<h2>What happened</h2>" + _table(("run", "step", "event", "action", "details"), rows) if rows else ""
+        "<h2>What happened</h2>" + _table(("run", "step", "event", "action", "details"), rows, look="events")
+        if rows
+        else ""
     )
 
 
 def _payload(event: dict[str, Any]) -> str:
+    event = {key: _flat(value) if isinstance(value, dict) else value for key, value in event.items()}
     return ", ".join(
         f"{key} {value}" for key, value in event.items() if key not in ("step", "event", "action")
     )
@@ -161,18 +165,26 @@ def name_of(curve: Curve, stage: Stage) -> str:
 def _setting(config: dict[str, Any], key: str) -> str:
     section, name = key.split(".")
     value = (config.get(section) or {}).get(name)
+    return "" if value is None else str(_flat(value))
+
+
+def _flat(value: Any) -> Any:
+    """A list or mapping in few characters; of a blend, the prefixes."""
     if isinstance(value, dict):
         return ", ".join(f"{part} {size}" for part, size in value.items())
     if isinstance(value, list):
-        return ", ".join(
-            str(part[1]) if isinstance(part, list) and len(part) == 2 else str(part) for part in value
-        )
-    return "" if value is None else str(value)
+        pairs = [part[1] if isinstance(part, list) and len(part) == 2 else part for part in value]
+        return ", ".join(map(str, pairs)) if value and isinstance(value[0], list) else str(value)
+    return value
 
 
 def _table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], marked: set[str] | frozenset[str] = frozenset()
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marked: set[str] | frozenset[str] = frozenset(),
+    look: str = "",
 ) -> str:
+    look = f' class="{look}"' if look else ""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr{' class=differs' if row[0] in marked else ''}>"
@@ -180,7 +192,7 @@ def _table(
         + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table{look}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _any(values: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.evaluation.charts import SETBACKS, Chart, Line, Mark, Panel
+from megatron_tokenformer.evaluation.charts import SETBACKS, Chart, Line, Mark, Panel, in_short
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -97,8 +97,9 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], first: bool) -> None:
         elif mark.kind == "growth":
             axes.axvline(mark.x, color="#555555", linestyle="--", linewidth=0.9)
             if first:
-                style = {"fontsize": 7.5, "rotation": 90, "va": "top", "ha": "right", "color": "#333333"}
-                axes.text(mark.x, 0.985, f"{mark.text} ", transform=edge, **style)
+                style = {"fontsize": 7.5, "rotation": 90, "va": "top", "ha": "left", "color": "#333333"}
+                beside = {"xytext": (3, 0), "textcoords": "offset points"}
+                axes.annotate(mark.text, (mark.x, 0.985), xycoords=edge, **beside, **style)
     for kind, (_, colour) in SETBACKS.items():
         places = [mark.x for mark in marks if mark.kind == kind]
         if places:
@@ -110,27 +111,30 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], first: bool) -> None:
 
 
 def _format_axes(axes: Any, chart: Chart, panel: Panel) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
     axes.grid(alpha=0.25, which="both" if chart.log_x else "major", linewidth=0.5)
     axes.set_xlabel(chart.x_label)
+    axes.margins(x=0.01 if not chart.log_x else 0.05)
     if not chart.log_x and axes.get_xlim()[1] >= 1e5:
-        axes.xaxis.set_major_formatter(FuncFormatter(_in_short))
-    if panel.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    elif panel.log_y and chart.log_x:
-        # A loss or perplexity spans less than a decade or two: numbers, at more places than the tens.
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    low, high = axes.get_ylim()
+    if panel.log_y and high < 100 * low:
+        # Less than two decades: plain numbers, at more places than the tens.
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif axes.get_ylim()[1] >= 1e4:
-        axes.yaxis.set_major_formatter(FuncFormatter(_in_short))
+    if panel.log_y and high < 1e5:
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif not panel.log_y:
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    if panel.from_zero:
+        axes.set_ylim(bottom=0.0)
 
 
-def _in_short(value: float, _: int | None = None) -> str:
-    from megatron_tokenformer.evaluation.charts import in_short
-
-    return "0" if value == 0 else in_short(value)
+def _plain(value: float, _: int | None = None) -> str:
+    return in_short(value) if abs(value) >= 1e4 else f"{value:g}"
 
 
 def _legend(axes: Any, chart: Chart) -> None:
