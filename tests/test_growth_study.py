@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.toy import write_tokens
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import zstandard
 
 from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.data.tokenizer_training import train_tokenizer
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.toy import write_tokens
 
 ROOT = Path(__file__).parents[1]

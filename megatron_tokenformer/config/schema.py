@@ -290,12 +290,14 @@ class Checkpoint(Section):
 
 
 class Wandb(Section):
-    """Weights & Biases; `offline` needs no account and no network."""
+    """Weights & Biases; `offline` needs no account and no network, and `online` without them is offline."""
 
     mode: Literal["online", "offline", "disabled"] = "disabled"
     """online sends as it goes, offline writes files for `wandb sync`"""
     project: str = "megatron_tokenformer"
     """the project that runs appear in"""
+    group: str | None = None
+    """of runs that belong together; the stages of a schedule get its folder's name"""
 
 
 class Logging(Section):

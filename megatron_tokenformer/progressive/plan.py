@@ -118,6 +118,9 @@ def _resolve(schedule: Schedule, wanted: StageConfig, path: Path, previous: Stag
     tree = read_yaml(path.parent / wanted.base) if wanted.base else {}
     merge(merge(tree, given), {"run_dir": str(folder)})
     config = validate(RunConfig, tree, "config")
+    if config.logging.wandb.group is None:
+        merge(tree, {"logging": {"wandb": {"group": folder.parent.absolute().name}}})
+        config = validate(RunConfig, tree, "config")
     if not config.data.train:
         raise UserError("data.train is empty; give the prefix of a preprocessed dataset")
     stage = Stage(

@@ -7,12 +7,15 @@ from typing import Any
 
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.durable import replace_durably
+from megatron_tokenformer.evaluation.charts import scaling_chart
+from megatron_tokenformer.evaluation.curves import Curve, read_stage
+from megatron_tokenformer.evaluation.picture import can_draw, draw
+from megatron_tokenformer.metrics_file import METRICS, read_rows
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
-from megatron_tokenformer.progressive.plot import PLOT, plot_losses
-from megatron_tokenformer.training.metrics import METRICS, read_rows
 
 REPORT = "report.md"
+PLOT = "loss_vs_flops.png"
 HEADER = (
     "stage",
     "layout",
@@ -57,13 +60,22 @@ class StageResult:
 
 def write_report(plan: Plan, journal: Journal) -> str:
     """Write report.md and the plot into the schedule's folder; return the table for the terminal."""
-    results = stage_results(plan, journal)
-    curves = [(stage.name, evaluations(stage)) for stage in plan.stages]
-    plotted = plot_losses(curves, plan.folder / PLOT)
-    text = render(results)
-    picture = f"\n![validation loss against training FLOPs]({PLOT})\n" if plotted else ""
+    text = render(stage_results(plan, journal))
+    picture = _picture(plan)
     replace_durably(plan.folder / REPORT, f"# {plan.folder.name}\n\n{text}{picture}")
     return text
+
+
+def _picture(plan: Plan) -> str:
+    """Draw validation loss against training FLOPs; what the report says of it."""
+    stages = [read_stage(stage.folder) for stage in plan.stages if (stage.folder / METRICS).exists()]
+    chart = scaling_chart([Curve(plan.folder.name, stages)], y="val_loss")
+    if not chart.panels:
+        return ""
+    if not can_draw():
+        return "\nNo picture: it needs matplotlib, pip install 'megatron-tokenformer[plots]'.\n"
+    draw(chart, plan.folder / PLOT)
+    return f"\n![validation loss against training FLOPs]({PLOT})\n"
 
 
 def stage_results(plan: Plan, journal: Journal) -> list[StageResult]:

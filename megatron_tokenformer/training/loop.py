@@ -65,6 +65,8 @@ def train_steps(run: Run, after_step: Callable[[], bool] = lambda: False) -> str
     training, progress, profiled = run.config.training, run.progress, False
     if progress.step == 0 or progress.owes_evaluation:
         evaluate(run)
+    if progress.step == 0:
+        tell_resizing(run)
     clock = StepClock(progress.step, run.layout.device)
     clock.watch(run.engine)
     batches = open_batches(run, clock)
@@ -139,14 +141,6 @@ def evaluate(run: Run) -> None:
     with run.watchdog.limit("the evaluation", training.slow_timeout_minutes):
         loss = run.engine.deepspeed.eval_batch(batches, num_micro_batches=micro_batches)
     progress.val_loss = loss.item()
-    last = progress.history[-1] if progress.history else {}
-    before = last.get("val_loss")
-    if progress.step == 0 and before is not None:
-        change = progress.val_loss - before
-        done = "shrunk" if last.get("kind") == "shrink" else "grown"
-        run.log.say(
-            f"{done}: validation loss {before:.6f} before, {progress.val_loss:.6f} now ({change:+.0e})"
-        )
     row = {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -155,6 +149,31 @@ def evaluate(run: Run) -> None:
         "val_ppl": math.exp(min(progress.val_loss, 700.0)),
     }
     run.log.evaluation(row)
+
+
+def tell_resizing(run: Run) -> None:
+    """At the start of a run that was grown (or shrunk): from what to what, and the loss before and after.
+
+    The losses are comparable where both were measured on the same validation data.
+    """
+    progress = run.progress
+    if not progress.history:
+        return
+    last = progress.history[-1]
+    kind = last.get("kind", "growth")
+    known = ("tokens_before", "tokens_after", "parameters_before", "parameters_after")
+    row = {"step": 0, "event": kind, **{key: last[key] for key in known if key in last}}
+    # How far the run was that it comes from.
+    row |= {"from_step": last.get("step"), "tokens": progress.tokens, "flops": progress.flops}
+    row |= {"val_loss_before": last.get("val_loss"), "val_loss_after": None}
+    told = "shrunk" if kind == "shrink" else "grown"
+    if "parameters_before" in row:
+        told += f" from {row['parameters_before']:,} to {row['parameters_after']:,} parameters"
+    if last.get("val_loss") is not None and run.validation_data is not None and progress.val_loss is not None:
+        before, after = last["val_loss"], progress.val_loss
+        row["val_loss_after"] = after
+        told += f": validation loss {before:.6f} before, {after:.6f} now ({after - before:+.0e})"
+    run.log.event(row, told)
 
 
 def log_step(run: Run, loss: float, times: dict[str, float], profiled: bool) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.durable import replace_durably
-from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import METRICS, MetricsFile, finite
+from megatron_tokenformer.training.sinks import Guarded, TensorboardSink
+from megatron_tokenformer.training.wandb_sink import WandbSink, WandbState
 
-METRICS = "metrics.jsonl"
 FINISHED = "finished.json"
 """the record of a run that has all its steps; launchers' exit codes do not prove it"""
 INTERRUPTED = "interrupted.json"
@@ -25,14 +23,6 @@ INTERRUPTED = "interrupted.json"
 
 PHASES = ("data", "forward", "backward", "reduction", "pipeline", "optimizer")
 """of a step, as `phases.py` measures them; a row has `data_time_s` and so on"""
-
-
-class Sink(Protocol):
-    """Somewhere that numbers go, by name and step."""
-
-    def log(self, row: dict[str, Any], step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class MetricsLog:
@@ -45,19 +35,14 @@ class MetricsLog:
 
     def __init__(self, config: RunConfig, step: int, is_main: bool) -> None:
         self.is_main, self.steps = is_main, config.training.steps
-        self._sinks: list[Sink] = []
+        self._sinks: list[Guarded] = []
         if not is_main:
             return
         folder = Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / METRICS
-        drop_rows_after(self._path, step)
-        self._file = open(self._path, "a", encoding="utf-8")
+        self._file, self._troubled = MetricsFile(folder / METRICS, step), False
         self._bar = tqdm(total=self.steps, initial=max(step, 0), unit="step", disable=None, leave=False)
-        if config.logging.wandb.mode != "disabled":
-            self._sinks.append(_WandbSink(config))
-        if config.logging.tensorboard:
-            self._sinks.append(_TensorboardSink(folder / "tensorboard", step))
+        self._sinks = _open_sinks(config, step, self._file.last_step, self.say)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -67,7 +52,7 @@ class MetricsLog:
     ) -> None:
         if self.is_main:
             self._bar.close()
-            self._file.close()
+            self._close_file()
             for sink in self._sinks:
                 sink.close()
 
@@ -104,32 +89,69 @@ class MetricsLog:
         self._write(row)
 
     def event(self, row: dict[str, Any], told: str) -> None:
-        """Something besides the numbers of a step: `row` has a `step` and the name of the `event`.
-
-        It goes into the file alone: the other sinks draw numbers.
-        """
-        self.say(f"warning: {told}")
+        """Something besides the numbers of a step: `row` has a `step` and the name of the `event`."""
+        self.say(told)
         if self.is_main:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._to_file(row)
+            for sink in self._sinks:
+                sink.event(row, told)
 
     def rewind(self, step: int) -> None:
         """The run has gone back to this step: drop the rows after it."""
         if self.is_main:
-            self._file.close()
-            drop_rows_after(self._path, step)
-            self._file = open(self._path, "a", encoding="utf-8")
+            self._file.rewind(step)
             self._bar.n = step
             self._bar.refresh()
+            for sink in self._sinks:
+                sink.rewind(step)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.is_main:
-            # JSON has no infinity: what is not finite, such as the norm of a skipped step, is null.
-            row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._to_file(row)
             for sink in self._sinks:
-                sink.log(row, row["step"])
+                sink.log({key: finite(value) for key, value in row.items()})
+
+    def _to_file(self, row: dict[str, Any]) -> None:
+        self._file.write(row)
+        if self._file.problem and not self._troubled:
+            self.say(
+                f"warning: {self._file.path} cannot be written ({self._file.problem}); training goes on, and "
+                "its rows are kept until it can"
+            )
+        if self._troubled and not self._file.problem:
+            self.say(f"{self._file.path} is written again, with all rows")
+        self._troubled = self._file.problem is not None
+
+    def _close_file(self) -> None:
+        """What could not be written is at least in the log of the job."""
+        self._file.close()
+        if self._file.waiting:
+            rows = "\n".join(json.dumps(row) for row in self._file.waiting)
+            self.say(f"warning: these rows could not be written to {self._file.path}:\n{rows}")
+
+
+def _open_sinks(
+    config: RunConfig, step: int, last_step: int | None, say: Callable[[str], None]
+) -> list[Guarded]:
+    """What the config asks for besides the file.
+
+    Args:
+        step, last_step: the last that counts, and the last that had been logged.
+    """
+    folder, sinks = Path(config.run_dir), []
+    if config.logging.wandb.mode != "disabled":
+        state = WandbState.read(folder)
+        sinks.append(
+            Guarded(
+                "W&B", lambda first: WandbSink(config, state, (step, last_step) if first else None, say), say
+            )
+        )
+    if config.logging.tensorboard:
+        files = folder / "tensorboard"
+        sinks.append(
+            Guarded("TensorBoard", lambda first: TensorboardSink(files, config, step if first else None), say)
+        )
+    return sinks
 
 
 def shares(row: Mapping[str, Any]) -> str:
@@ -137,63 +159,3 @@ def shares(row: Mapping[str, Any]) -> str:
     phases = [name for name in PHASES if f"{name}_time_s" in row]
     parts = [f"{name} {100 * row[f'{name}_time_s'] / row['step_time_s']:.0f}" for name in phases]
     return ", ".join(parts) + " %"
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Drop the rows of a metrics file that belong to later steps, and a last row that is cut short."""
-    if not path.exists():
-        return
-    kept = [row for row in read_rows(path) if row["step"] <= step]
-    replace_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last one that is cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-class _WandbSink:
-    def __init__(self, config: RunConfig) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb  # costs a second, and is an option
-
-        try:
-            self._run = wandb.init(
-                project=config.logging.wandb.project,
-                name=Path(config.run_dir).name,
-                dir=config.run_dir,
-                mode=config.logging.wandb.mode,
-                config=config.model_dump(mode="json"),
-            )
-        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
-            why = " ".join(str(error).split())
-            raise UserError(f"logging.wandb.mode=online: {why}; mode=offline needs no account") from None
-
-    def log(self, row: dict[str, Any], step: int) -> None:
-        self._run.log(row, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _TensorboardSink:
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("logging.tensorboard=true needs the package tensorboard; install it") from None
-        self._writer = SummaryWriter(str(folder), purge_step=max(step, 0) + 1)
-
-    def log(self, row: dict[str, Any], step: int) -> None:
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()

@@ -33,6 +33,7 @@ from megatron_tokenformer.training.old_tokens import slow_old_tokens, slowed_row
 from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.run_lock import only_run
 from megatron_tokenformer.training.signals import Requests, requests_to_leave
+from megatron_tokenformer.training.sinks import check_packages
 from megatron_tokenformer.training.watchdog import Watchdog
 
 
@@ -82,6 +83,7 @@ def open_run(config: RunConfig, layout: Layout, requests: Requests | None = None
         UserError: data, checkpoint and configuration do not fit together.
     """
     accumulation = check_world(config, layout.processes.world_size)
+    from_main_rank(lambda: check_packages(config.logging))
     training_data, validation_data = _open_data_everywhere(config)
     tokenizer = common_tokenizer(training_data, validation_data)
     eod_id = from_main_rank(lambda: find_eod_id(config))

@@ -41,10 +41,10 @@ def settle(run: Run) -> bool:
     row = {"step": progress.step, "event": verdict.cause, "action": action, **_where(run, verdict)}
     why = _told(run, verdict, row)
     if action == "stop":
-        run.log.event(row, f"{why}; the run ends")
+        run.log.event(row, f"warning: {why}; the run ends")
         raise UserError(f"{why}; {_reason(run, verdict)}", exit_code=1, everywhere=True)
     if restored is None:
-        run.log.event(row, f"{why}; {_done(run, action)}")
+        run.log.event(row, f"warning: {why}; {_done(run, action)}")
         return False
     _go_back(run, restored, row, why)
     return True
@@ -152,4 +152,6 @@ def _go_back(run: Run, restored: tuple[Any, Manifest], row: dict[str, Any], why:
     run.log.rewind(progress.step)
     row |= {"spike_step": row["step"], "step": progress.step, "left_out": left_out}
     told = f"back to {path}, without samples {left_out[0]}-{left_out[1]}"
-    run.log.event(row, f"{why}; {told} ({progress.rollbacks} of at most {run.config.training.max_rollbacks})")
+    run.log.event(
+        row, f"warning: {why}; {told} ({progress.rollbacks} of at most {run.config.training.max_rollbacks})"
+    )

@@ -15,7 +15,7 @@ from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.training.run import find_restore_point
 from tests.ranks import run_ranks
 from tests.toy import DENSE, toy_config, train_toy, write_tokens

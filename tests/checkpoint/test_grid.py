@@ -21,9 +21,9 @@ from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.store import step_name
 from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import save, train_steps
-from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.run import open_run
 from tests.ranks import run_ranks
 from tests.toy import toy_config

@@ -20,8 +20,8 @@ from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.load import dump_config, validate
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.tau import taus_from_json
-from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 

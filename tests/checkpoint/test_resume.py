@@ -13,9 +13,9 @@ from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.run import find_restore_point
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy

@@ -18,7 +18,7 @@ from megatron_tokenformer.commands.grow_checkpoint import main
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.checkpoint.test_grow import values
 from tests.checkpoint.test_grow_tool import last_line
 from tests.ranks import run_ranks

@@ -58,6 +58,6 @@ def config(tmp_path: Path) -> Path:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """What a run has logged."""
-    from megatron_tokenformer.training.metrics import read_rows
+    from megatron_tokenformer.metrics_file import read_rows
 
     return read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []

@@ -27,11 +27,11 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation import perplexity
 from megatron_tokenformer.evaluation.load import load_model
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation, total
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.attention import _kept_tables
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
 from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.metrics import read_rows
 from tests.checkpoint.test_grow import values
 from tests.descriptions import describe
 from tests.ranks import run_ranks

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.faults.processes import ROOT
 
 SCHEDULE = ROOT / "configs/progressive/demo.yaml"

@@ -17,12 +17,12 @@ from torch._dynamo.utils import counters
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.traffic import Traffic, total
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.parallel.traffic import count_traffic
 from megatron_tokenformer.training import engine
 from megatron_tokenformer.training.batches import pipeline_batches
 from megatron_tokenformer.training.loop import train, train_step
-from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.run import open_run
 from tests.ranks import run_ranks
 from tests.toy import DENSE, toy_config

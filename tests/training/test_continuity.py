@@ -14,10 +14,10 @@ import torch
 from megatron_tokenformer.checkpoint.store import complete_checkpoints
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.continuity import NEXT_LOSS, Continuity
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config, write_tokens
 

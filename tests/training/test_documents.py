@@ -16,9 +16,9 @@ from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.batches import open_blend
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.language_model import LanguageModel, initialize
 from megatron_tokenformer.parallel.collectives import TensorParallel
-from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.run import find_eod_id
 from megatron_tokenformer.training.schedule import learning_rate
 from tests.ranks import run_ranks

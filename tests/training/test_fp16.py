@@ -15,9 +15,9 @@ from deepspeed.accelerator import get_accelerator
 from megatron_tokenformer.checkpoint.manifest import Manifest, read_manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config
 

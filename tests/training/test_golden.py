@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 

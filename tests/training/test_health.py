@@ -13,11 +13,11 @@ from deepspeed.accelerator import get_accelerator
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.config.schema import RunConfig, Training
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training import loop
 from megatron_tokenformer.training.health import Verdict, judge
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.run import Run
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.ranks import run_ranks
 from tests.toy import DENSE, toy_config, train_toy, write_tokens
 

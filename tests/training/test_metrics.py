@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import flops_per_token, parameter_count
-from megatron_tokenformer.training.metrics import drop_rows_after, read_rows
+from megatron_tokenformer.metrics_file import drop_rows_after, read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 

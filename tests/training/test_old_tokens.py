@@ -25,11 +25,11 @@ from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.schema import Optimizer, RunConfig
 from megatron_tokenformer.data.batches import open_blend
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.old_tokens import slowed_rows
 from megatron_tokenformer.training.schedule import learning_rate
 from tests.ranks import run_ranks

@@ -12,9 +12,10 @@ import torch
 
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import flops_per_token
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import PHASES, read_rows
+from megatron_tokenformer.training.metrics import PHASES
 from megatron_tokenformer.training.phases import StepClock
 from megatron_tokenformer.training.throughput import peak_memory_bytes
 from tests.ranks import run_ranks

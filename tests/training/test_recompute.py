@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model import pattention
 from megatron_tokenformer.model.tokenformer import TokenformerLayer
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config
 

@@ -16,9 +16,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.batches import open_blend
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.language_model import LanguageModel, initialize
 from megatron_tokenformer.parallel.collectives import TensorParallel
-from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.schedule import learning_rate
 from tests.ranks import run_ranks
 from tests.toy import DENSE, toy_config, train_toy

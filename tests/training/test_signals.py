@@ -16,9 +16,9 @@ import pytest
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint, first_good
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training import loop
-from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tokenformer.config.schema import RunConfig
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.ends import Embedding
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import read_rows
 from megatron_tokenformer.training.stragglers import find_stragglers
 from tests.ranks import run_ranks
 from tests.toy import toy_config

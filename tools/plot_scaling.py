@@ -1,0 +1,7 @@
+"""The command of megatron_tokenformer/commands/plot_scaling.py, from a checkout."""
+
+from megatron_tokenformer.commands.plot_scaling import main
+from megatron_tokenformer.errors import run_cli
+
+if __name__ == "__main__":
+    run_cli(main)
