@@ -26,8 +26,8 @@ from megatron_tokenformer.data.indexed import TokenFile
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import assemble
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.language_model import full_shapes
-from megatron_tokenformer.training.metrics import read_rows
 from tests.checkpoint.published import (
     LOGIT,
     VOCABULARY,

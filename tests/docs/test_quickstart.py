@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.docs.pages import code_blocks
 from tests.test_readme import execute
 
