@@ -126,11 +126,10 @@ def measures(study: Study, found: list[Outcome], outcome: Outcome) -> list[dict[
     return rows
 
 
-def as_json(study: Study, found: list[Outcome], commit: str) -> dict[str, Any]:
+def as_json(study: Study, found: list[Outcome]) -> dict[str, Any]:
     """All figures and curves."""
     subjects = [c for o in found if o.arm.name == study.subject for c in o.curves]
     return {
-        "commit": commit,
         "study": study.model_dump(mode="json"),
         "arms": {
             outcome.arm.name: {

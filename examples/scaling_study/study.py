@@ -13,7 +13,11 @@ examples:
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
+import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -27,9 +31,10 @@ from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import run_cli
 from megatron_tokenformer.progressive.launchers import LAUNCHERS
 from megatron_tokenformer.several import call_python, for_all
+from megatron_tokenformer.training.metrics import read_rows
 
 HERE = Path(__file__).parent
-PLOT = "perplexity_vs_flops.png"
+PLOT, CALLS = "perplexity_vs_flops.png", "calls.jsonl"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -55,12 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     if given.dry_run:
         return 0
     if not given.report_only:
+        record_call(Path(study.run_dir) / CALLS)
         train(runs, given.launcher, study.jobs)
     done = [run for run in runs if run.done]
     found = outcomes(study, done)
     folder = Path(study.run_dir)
     text = render(study, found) if found else "nothing is done yet\n"
-    replace_durably(folder / "results.json", json.dumps(as_json(study, found, commit()), indent=1) + "\n")
+    told = {"calls": read_rows(folder / CALLS) if (folder / CALLS).exists() else []}
+    told |= as_json(study, found)
+    replace_durably(folder / "results.json", json.dumps(told, indent=1) + "\n")
     if found:
         draw(study, found, folder / PLOT)
         replace_durably(folder / "results.md", f"{text}\n![perplexity against FLOPs]({PLOT})\n")
@@ -108,6 +116,20 @@ def bring_to_its_end(run: Run, launcher: str) -> None:
 def spent(run: Run) -> float:
     """Operations that a run has logged."""
     return run.flops if run.done else max((row["flops"] for _, row in run.rows()), default=0.0)
+
+
+def record_call(path: Path) -> None:
+    """Add to a file when, with what and on what this call trains."""
+    call = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "torch": importlib.metadata.version("torch"),
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+    }
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(call) + "\n")
 
 
 def commit() -> str:
