@@ -14,12 +14,7 @@ import argparse
 import itertools
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.metrics_file import METRICS, read_rows
+from megatron_tokenformer.several import call_python, for_all
 from megatron_tokenformer.training.metrics import FINISHED
 
 CONFIG = Path(__file__).with_name("run.yaml")
@@ -94,13 +90,22 @@ def main(argv: list[str] | None = None) -> int:
     pairs = list(itertools.product(given.lr, given.seeds))
     grown = [(lr, seed, name) for (lr, seed), name in itertools.product(pairs, given.variants)]
     with tqdm(total=len(pairs) + len(grown), unit="run") as bar:
+
+        def tell(done: int, before: int = 0) -> None:
+            bar.update(before + done - bar.n)
+
         for_all(
             given.jobs,
             lambda pair: train(base(given, *pair), *pair, given.base_steps, *given.set),
             pairs,
-            bar,
+            tell,
         )
-        for_all(given.jobs, lambda key: grow_and_train(given, *key), grown, bar)
+        for_all(
+            given.jobs,
+            lambda key: grow_and_train(given, *key),
+            grown,
+            lambda done: tell(done, before=len(pairs)),
+        )
     losses = {
         name: {
             f"{lr:g}": [losses_of(variant(given, lr, seed, name)) for seed in given.seeds] for lr in given.lr
@@ -112,18 +117,6 @@ def main(argv: list[str] | None = None) -> int:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps({"steps": given.steps, "losses": losses}, indent=1) + "\n")
     return 0
-
-
-def for_all(jobs: int, act: Callable[[Any], None], items: list[Any], bar: tqdm) -> None:
-    """Call `act` with each item, some at once; after a failure none is begun any more."""
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for done in as_completed([pool.submit(act, item) for item in items]):
-                done.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def base(given: argparse.Namespace, lr: float, seed: int) -> Path:
@@ -167,18 +160,8 @@ def train(folder: Path, lr: float, seed: int, steps: int, *overrides: str) -> No
 
 
 def call(folder: Path, *arguments: object) -> None:
-    """Run Python on one core, with its messages in the run's folder.
-
-    Raises:
-        UserError: it failed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    with open(folder / "output.log", "a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-    if code:
-        raise UserError(f"{' '.join(command)} failed; its messages are in {log.name}", exit_code=1)
+    """Run Python on one core, without a GPU."""
+    call_python(folder, *arguments, environment={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
 
 
 def losses_of(folder: Path) -> dict[str, float]:

@@ -26,8 +26,16 @@ def read_blocks(
     reader = IntervalReader(folder, manifest)
     stop = manifest.index[name][-1][0].stop
     for first in range(0, stop, elements):
-        wanted = Interval(name, first, min(first + elements, stop))
-        block = torch.empty(wanted.stop - wanted.start)
-        for start, values in reader.read(wanted, state):
-            block[start - first :][: len(values)] = values
-        yield first, block
+        yield first, read_block(reader, Interval(name, first, min(first + elements, stop)), state)
+
+
+def read_block(reader: IntervalReader, wanted: Interval, state: str) -> Tensor:
+    """One state of an interval, fp32, wherever the shards are cut.
+
+    Raises:
+        UserError: see `read_blocks`.
+    """
+    block = torch.empty(wanted.stop - wanted.start)
+    for start, values in reader.read(wanted, state):
+        block[start - wanted.start :][: len(values)] = values
+    return block

@@ -46,8 +46,7 @@ class GrowthPlan(ResizePlan):
     @property
     def old_bytes(self) -> int:
         """Size of the shards that hold the old rows, in the grown checkpoint."""
-        stored = sum(shard.size for shard in self.old.shards)
-        return stored * len(self.states) // len(self.old.states)
+        return self.stored_bytes * len(self.states) // len(self.old.states)
 
     @property
     def new_bytes(self) -> int:

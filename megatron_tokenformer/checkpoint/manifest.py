@@ -89,7 +89,7 @@ class Manifest:
     layout: dict[str, int] = field(default_factory=dict)
     """the sizes of the layout that wrote it; for the reader's interest only"""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """one entry per growth, shrinking and import, told apart by its `kind` (one without it is a growth)"""
+    """one entry per growth, widening, shrinking and import, by its `kind` (one without it is a growth)"""
     tokenizer: TokenizerRecord | None = None
     """what made the data; None if no description told"""
     source_tokens: dict[str, Count] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class _RowCounts(BaseModel, extra="forbid", strict=True):
 class _Resizing(BaseModel, extra="allow"):
     """What a run goes by in an entry of the history; the rest is for readers."""
 
-    kind: Literal["growth", "shrink", "import"] = "growth"
+    kind: Literal["growth", "shrink", "net2net", "import"] = "growth"
     tokens_before: _RowCounts | None = None
 
 

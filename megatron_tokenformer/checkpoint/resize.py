@@ -1,6 +1,7 @@
 """What growing and shrinking a checkpoint have in common: the plan, the room, the folder, the manifest.
 
-Either makes, from a checkpoint of a run, one at step 0 of a new run whose model differs in its tokens alone.
+Each makes, from a checkpoint of a run, one at step 0 of a new run whose model differs in its tokens alone, or
+in its width if it is dense.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest, Shard, read_manifest
 from megatron_tokenformer.checkpoint.step_zero import history_entry, nearest_folder
 from megatron_tokenformer.checkpoint.stored_model import stored_config
-from megatron_tokenformer.config.growth import Growth, Shrinking
+from megatron_tokenformer.config.growth import WIDTHS, Growth, Shrinking, Widening
 from megatron_tokenformer.config.schema import Model, RunConfig
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
@@ -33,9 +34,9 @@ class ResizePlan:
     old: Manifest
     before: Model
     target: RunConfig
-    rule: Growth | Shrinking
+    rule: Growth | Shrinking | Widening
 
-    kind: ClassVar[Literal["growth", "shrink"]]
+    kind: ClassVar[Literal["growth", "shrink", "net2net"]]
     """what the history calls it; an entry without a kind is a growth"""
     verb: ClassVar[str]
 
@@ -48,6 +49,11 @@ class ResizePlan:
     def states(self) -> list[str]:
         """What the new checkpoint stores of each parameter."""
         return [WEIGHT] if self.rule.optimizer == "reset" else self.old.states
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the shards of the checkpoint to begin with."""
+        return sum(shard.size for shard in self.old.shards)
 
     @property
     def one_file_system(self) -> bool:
@@ -102,10 +108,7 @@ def new_manifest(
     about = {
         "step": old.step,
         "val_loss": old.val_loss,
-        "tokens_before": plan.before.tokens.model_dump(),
-        "tokens_after": model.tokens.model_dump(),
-        "parameters_before": parameter_count(plan.before),
-        "parameters_after": parameter_count(model),
+        **sizes(plan),
         **plan.rule.model_dump(),
         **told,
     }
@@ -126,3 +129,13 @@ def new_manifest(
         setbacks={},
         owes_evaluation=False,
     )
+
+
+def sizes(plan: ResizePlan) -> dict[str, Any]:
+    """What differs between the two models: tokens or widths, and parameters, `_before` and `_after`."""
+    both = {"before": plan.before, "after": plan.target.model}
+    if plan.before.is_dense:
+        own = {f"{key}_{when}": getattr(model, key) for key in WIDTHS for when, model in both.items()}
+    else:
+        own = {f"tokens_{when}": model.tokens.model_dump() for when, model in both.items()}
+    return {**own, **{f"parameters_{when}": parameter_count(model) for when, model in both.items()}}

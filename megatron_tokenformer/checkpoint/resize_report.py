@@ -1,4 +1,4 @@
-"""What a growth or a shrinking is and came to, as figures and in words."""
+"""What a growth, a widening or a shrinking is and came to, as figures and in words."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import Any
 
 from megatron_tokenformer.checkpoint.grow import grown_taus
 from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan
+from megatron_tokenformer.checkpoint.net2net import WideningPlan
+from megatron_tokenformer.checkpoint.resize import sizes
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, shrunk_taus
 from megatron_tokenformer.checkpoint.step_zero import in_bytes
-from megatron_tokenformer.config.growth import changes_of_function
-from megatron_tokenformer.config.sizes import parameter_count
+from megatron_tokenformer.config.growth import WIDTHS, changes_of_function, changes_of_widening
 from megatron_tokenformer.model.tau import taus_from_json, taus_to_json
 
+AnyPlan = GrowthPlan | WideningPlan | ShrinkPlan
 
-def describe(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
+
+def describe(plan: AnyPlan) -> dict[str, Any]:
     """The figures that are known before it begins; sizes in bytes.
 
     Whether a shrinking is exact is not: that takes reading the tokens.
@@ -28,18 +31,19 @@ def describe(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
             "old_rows": plan.old_rows,
             "bytes_old": plan.old_bytes,
         }
+    elif isinstance(plan, WideningPlan):
+        reasons = changes_of_widening(plan.before, model)
+        taus = {}
+        own = {"exact": not reasons, "inexact_because": reasons, "bytes_old": plan.stored_bytes}
     else:
         taus = shrunk_taus(plan)
-        own = {"exact": None, "bytes_old": sum(shard.size for shard in plan.old.shards)}
+        own = {"exact": None, "bytes_old": plan.stored_bytes}
     return {
         "kind": plan.kind,
         "from": str(plan.source),
         "step": plan.old.step,
         "path": None,
-        "tokens_before": plan.before.tokens.model_dump(),
-        "tokens_after": model.tokens.model_dump(),
-        "parameters_before": parameter_count(plan.before),
-        "parameters_after": parameter_count(model),
+        **sizes(plan),
         "taus": taus_to_json(taus),
         **plan.rule.model_dump(),
         **own,
@@ -48,23 +52,19 @@ def describe(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
     }
 
 
-def report(plan: GrowthPlan | ShrinkPlan, figures: dict[str, Any]) -> None:
+def report(plan: AnyPlan, figures: dict[str, Any]) -> None:
     """Print a growth or a shrinking, done or planned: sizes, tau, optimizer, exactness, bytes."""
-    grows = isinstance(plan, GrowthPlan)
     if figures["path"]:
-        print(f"{'grew' if grows else 'shrank'} {plan.source} (step {plan.old.step}) to {figures['path']}")
+        done = "shrank" if isinstance(plan, ShrinkPlan) else "grew"
+        print(f"{done} {plan.source} (step {plan.old.step}) to {figures['path']}")
     else:
         print(f"would {plan.verb} {plan.source} (step {plan.old.step}) into {plan.folder}")
     print(f"  parameters {figures['parameters_before']:,} -> {figures['parameters_after']:,}")
-    print(f"  {'tokens':<8}{'old rows':>10}{'new rows' if grows else 'dropped':>10}{'in all':>10}{'tau':>16}")
-    for role, after in figures["tokens_after"].items():
-        before, tau = figures["tokens_before"][role], figures["taus"][role]
-        course = f"{tau['start']:.2f}" + (f" -> {tau['end']:.2f}" if tau["steps"] else "")
-        print(f"  {role:<8}{before:>10,}{abs(after - before):>10,}{after:>10,}{course:>16}")
-    if grows:
-        _report_growth(figures)
+    if isinstance(plan, WideningPlan):
+        _report_widening(figures)
     else:
-        _report_shrink(figures)
+        _report_tokens(figures, "new rows" if isinstance(plan, GrowthPlan) else "dropped")
+        (_report_growth if isinstance(plan, GrowthPlan) else _report_shrink)(figures)
     if figures["path"]:
         speed = (figures["bytes_old"] + figures["bytes_new"]) / figures["seconds"]
         print(f"; {figures['seconds']:.1f} s, {in_bytes(int(speed))}/s")
@@ -72,13 +72,34 @@ def report(plan: GrowthPlan | ShrinkPlan, figures: dict[str, Any]) -> None:
         print(f"; {in_bytes(figures['bytes_free_before'])} are free on that disk")
 
 
+def _report_tokens(figures: dict[str, Any], changed: str) -> None:
+    print(f"  {'tokens':<8}{'old rows':>10}{changed:>10}{'in all':>10}{'tau':>16}")
+    for role, after in figures["tokens_after"].items():
+        before, tau = figures["tokens_before"][role], figures["taus"][role]
+        course = f"{tau['start']:.2f}" + (f" -> {tau['end']:.2f}" if tau["steps"] else "")
+        print(f"  {role:<8}{before:>10,}{abs(after - before):>10,}{after:>10,}{course:>16}")
+
+
 def _report_growth(figures: dict[str, Any]) -> None:
     print(f"  new keys {figures['keys']}, new values {figures['values']}, optimizer {figures['optimizer']}")
     _report_means("norm", figures.get("norms", {}))
-    reasons = figures["inexact_because"]
-    print(f"  the function changes: {'; '.join(reasons)}" if reasons else "  exact: the function is the same")
+    _report_exactness(figures)
     old, new = in_bytes(figures["bytes_old"]), in_bytes(figures["bytes_new"])
     print(f"  old rows {old}, {figures['old_rows']}; new rows {new}, written", end="")
+
+
+def _report_widening(figures: dict[str, Any]) -> None:
+    for key in WIDTHS:
+        print(f"  {key.replace('_', ' ')} {figures[f'{key}_before']:,} -> {figures[f'{key}_after']:,}")
+    spread, optimizer = figures["spread"], figures["optimizer"]
+    print(f"  channels are copied, shares of what reads them spread by {spread:g}, optimizer {optimizer}")
+    _report_exactness(figures)
+    print(f"  {in_bytes(figures['bytes_old'])}, read; {in_bytes(figures['bytes_new'])}, written", end="")
+
+
+def _report_exactness(figures: dict[str, Any]) -> None:
+    reasons = figures["inexact_because"]
+    print(f"  the function changes: {'; '.join(reasons)}" if reasons else "  exact: the function is the same")
 
 
 def _report_shrink(figures: dict[str, Any]) -> None:

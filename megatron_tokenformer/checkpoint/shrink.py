@@ -123,8 +123,7 @@ def choose(plan: ShrinkPlan) -> Choice:
     """
     old, tokens = plan.old, plan.target.model.tokens
     norms = TokenNorms(old.shapes, exact=True)
-    total = sum(shard.size for shard in old.shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="norms", disable=None) as bar:
+    with tqdm(total=plan.stored_bytes, unit="B", unit_scale=True, desc="norms", disable=None) as bar:
         for shard in old.shards:
             look = ShardReader(plan.source / shard.file, shard, old.states, norms).take
             verify_shard(plan.source, shard, old.states, bar.update, look)

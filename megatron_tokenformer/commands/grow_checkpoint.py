@@ -1,5 +1,8 @@
 """Grow a checkpoint: append parameter tokens, by default without changing what the model computes now.
 
+A dense checkpoint (model.architecture: transformer) grows in width instead, by Net2Net: --config has a larger
+hidden_size, by a whole factor, and as many times the attention_heads.
+
 The target size is `model.tokens` of --config, or is given by --tokens or --target-params.  By default new
 keys are zero, the optimizer's state is carried, and tau goes to sqrt(n) over half of the next stage: the
 grown model's loss is that of the old one, and it trains on from there.
@@ -18,10 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_tokenformer.checkpoint import grow, shrink
+from megatron_tokenformer.checkpoint import grow, net2net, shrink
 from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, plan_growth
 from megatron_tokenformer.checkpoint.manifest import Manifest
-from megatron_tokenformer.checkpoint.resize_report import describe, report
+from megatron_tokenformer.checkpoint.net2net import WideningPlan, plan_widening
+from megatron_tokenformer.checkpoint.resize import read_source
+from megatron_tokenformer.checkpoint.resize_report import AnyPlan, describe, report
 from megatron_tokenformer.checkpoint.shrink import ShrinkPlan, plan_shrink
 from megatron_tokenformer.checkpoint.step_zero import check_space, check_writable
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
@@ -50,6 +55,10 @@ examples:
   python tools/grow_checkpoint.py --load runs/124m --tokens qkv=2144,output=2144,ffn=8576 \\
       --save runs/354m/init --dry-run
 
+  # a dense model, to twice the width (the loss stays; to 1152 it would change, and need --allow-inexact)
+  python tools/grow_checkpoint.py --load runs/dense --config configs/transformer-124m.yaml \\
+      --save runs/wider/init run_dir=runs/wider model.hidden_size=1536 model.attention_heads=24
+
   # back to fewer tokens, and what that costs on a million tokens
   python tools/grow_checkpoint.py --shrink --load runs/354m --target-params 200M --save runs/200m/init \\
       run_dir=runs/200m --data data/pile-validation_text_document --max-tokens 1000000
@@ -59,7 +68,7 @@ learning rate up again in the next stage (optimizer.warmup_steps).  There optimi
 the old tokens, or with 0 freezes them.
 """
 OF_GROWTH = (
-    *("keys", "values", "tau", "tau_steps", "old_token_noise", "allow_inexact"),
+    *("keys", "values", "tau", "tau_steps", "old_token_noise", "spread", "allow_inexact"),
     *("link", "no_verify"),
 )
 
@@ -105,7 +114,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="STD",
         help="add normal noise to the old keys and values (default: 0; inexact)",
     )
-    add("--allow-inexact", action="store_true", help="grow a softmax model although its function changes")
+    add(
+        "--spread",
+        type=float,
+        metavar="STD",
+        help="of a dense model: how unequally copies are read (default: 0.5; 0: they stay equal)",
+    )
+    add(
+        "--allow-inexact",
+        action="store_true",
+        help="grow although the function changes: of a softmax model, or to a width that is no multiple",
+    )
     add("--link", action="store_true", help="hard-link the old shards instead of copying, where possible")
     add(
         "--no-verify", action="store_true", help="with --link: do not read the old shards to check their hash"
@@ -163,7 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     figures = describe(plan)
     if given.dry_run:
         report(plan, figures)
-        size = plan.new_bytes if given.shrink else plan.needed_bytes(plan.will_link)
+        grows = isinstance(plan, GrowthPlan)
+        size = plan.needed_bytes(plan.will_link) if grows else plan.new_bytes
         check_space(plan.folder, plan.doing, size)
     else:
         # First, so that a mistake in the data costs nothing; in fp32, for growth changes the loss by nothing.
@@ -181,22 +201,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_plan(given: argparse.Namespace, source: Path, target: RunConfig) -> GrowthPlan | ShrinkPlan:
+def make_plan(given: argparse.Namespace, source: Path, target: RunConfig) -> AnyPlan:
     """What is to be done, checked as far as can be before it begins."""
     if given.shrink:
         rule = validate(Shrinking, {"optimizer": given.optimizer}, "shrinking")
         return plan_shrink(source, target, given.save, rule)
     told = {key: getattr(given, key) for key in Growth.model_fields}
     growth = validate(Growth, {key: value for key, value in told.items() if value is not None}, "growth")
+    if target.model.is_dense and read_source(source)[1].is_dense:
+        if given.link:
+            raise UserError("--link keeps the old shards as they are, widening writes all anew; leave it out")
+        return plan_widening(source, target, given.save, growth.widening())
     return plan_growth(source, target, given.save, growth, given.link, verify=not given.no_verify)
 
 
-def carry_out(plan: GrowthPlan | ShrinkPlan) -> dict[str, Any]:
+def carry_out(plan: AnyPlan) -> dict[str, Any]:
     """Do it; the figures that are known only then."""
     start = time.perf_counter()
     if isinstance(plan, ShrinkPlan):
         path, manifest = shrink.carry_out(plan)
         figures = {key: manifest.history[-1][key] for key in ("reach", "exact")}
+    elif isinstance(plan, WideningPlan):
+        path, _ = net2net.carry_out(plan)
+        figures = {}
     else:
         grown = grow.carry_out(plan)
         path = grown.path

@@ -7,6 +7,7 @@ positions are counted over; DeepSpeed's topology makes the rest, among it one li
 
 from __future__ import annotations
 
+import os
 import socket
 import warnings
 from collections.abc import Callable
@@ -198,6 +199,8 @@ def _meet(parallel: Parallel, processes: Processes) -> tuple[dist.Store | None, 
 def _join(processes: Processes, device: torch.device, timeout: timedelta) -> None:
     if processes.master_port == 0:
         processes = replace(processes, master_port=free_port())
+        # A process that is alone serves itself; with torchrun's word torch would look for a server there.
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     processes.export()
     if device.type == "cpu":
         # On CPU DeepSpeed compiles a shared-memory collective for inference at every first start: 40 s, and

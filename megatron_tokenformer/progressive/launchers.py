@@ -139,7 +139,10 @@ def grow_command(stage: Stage, source: Path) -> Command:
     growth = stage.growth
     argv = [sys.executable, "-m", GROWER, "--load", str(source)]
     argv += ["--config", str(stage.run_file), "--save", str(stage.grown)]
-    argv += ["--tau", growth.tau, "--keys", growth.keys, "--values", growth.values]
+    if stage.config.model.is_dense:
+        argv += ["--spread", str(growth.spread)]
+    else:
+        argv += ["--tau", growth.tau, "--keys", growth.keys, "--values", growth.values]
     argv += ["--optimizer", growth.optimizer]
     argv += ["--tau-steps", str(growth.tau_steps)] if growth.tau_steps else []
     argv += ["--old-token-noise", str(growth.old_token_noise)] if growth.old_token_noise else []

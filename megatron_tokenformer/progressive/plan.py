@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_tokenformer.config.growth import Growth, check_growth
+from megatron_tokenformer.config.growth import Growth, check_any_growth
 from megatron_tokenformer.config.load import Tree, merge, parse_override, read_yaml, validate
 from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.data.provenance import TokenizerRecord, one_tokenizer, read_tokenizer
@@ -140,7 +140,7 @@ def _resolve(schedule: Schedule, wanted: StageConfig, path: Path, previous: Stag
             )
         return stage
     with _naming(f"grown from '{previous.name}'"):
-        check_growth(previous.config.model, config.model, stage.growth)
+        check_any_growth(previous.config.model, config.model, stage.growth)
     merge(tree, {"checkpoint": {"load": str(stage.grown)}})
     return replace(stage, config=validate(RunConfig, tree, "config"))
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a dense model: other layouts go on from them, they are evaluated, and do not grow."""
+"""Checkpoints of a dense model: other layouts go on from them, they are evaluated, and get no tokens."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_it_says_what_it_is(stopped: RunConfig, capsys: pytest.CaptureFixture[st
     assert "architecture transformer" in said and "tau        none" in said
 
 
-def test_it_does_not_grow_or_shrink(stopped: RunConfig, tmp_path: Path) -> None:
+def test_it_has_no_tokens_to_grow_or_shrink_in(stopped: RunConfig, tmp_path: Path) -> None:
     path = find_checkpoint(stopped.run_dir)
     words = "is of parameter tokens, and model.architecture=transformer has none"
     with pytest.raises(UserError, match=f"growth {words}"):

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tokenformer.config.growth import changes_of_widening
 from megatron_tokenformer.config.load import load_config
 from megatron_tokenformer.config.schema import RunConfig, check_world
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.data.outputs import Names
 from megatron_tokenformer.model.language_model import full_shapes
+from megatron_tokenformer.progressive.journal import read_journal
+from megatron_tokenformer.progressive.launchers import LAUNCHERS, grow_command
 from megatron_tokenformer.progressive.plan import load_plan
+from megatron_tokenformer.progressive.stages import dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # In millions.  The paper's 1.5B counts no embedding: 1,510 M in the layers, 1,587 M in all.
@@ -80,6 +84,19 @@ def test_the_ladder_grows_stage_by_stage() -> None:
         tokens = stage.config.model.tokens
         assert tokens.qkv % 32 == 0 and tokens.ffn == 4 * tokens.qkv
         assert stage.config.training.global_batch_size * stage.config.data.sequence_length == 2**19
+
+
+def test_the_dense_ladder_grows_in_width_exactly(tmp_path: Path) -> None:
+    plan = load_plan(CONFIGS / "progressive" / "pile-net2net.yaml")
+    ours = load_plan(CONFIGS / "progressive" / "pile-124m-to-1.4b.yaml")
+    for stage, millions in zip(plan.stages, (123.6, 417.2, 1514.0), strict=True):
+        check_size(stage.config, millions)
+        assert stage.config.training.global_batch_size == ours.stages[0].config.training.global_batch_size
+        assert stage.config.data == ours.stages[0].config.data
+    for one, other in zip(plan.stages, plan.stages[1:]):
+        assert changes_of_widening(one.config.model, other.config.model) == []
+    commands = dry_run(plan, read_journal(tmp_path), LAUNCHERS["local"], grow_command)
+    assert commands.count("--spread 0.5 --optimizer carry") == 2
 
 
 def test_the_demo_has_each_layout_and_comparable_losses() -> None:

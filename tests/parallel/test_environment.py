@@ -58,3 +58,23 @@ def test_pretrain_sets_it_before_torch_is_imported(tensor: int, expected: str) -
         env={**environment, "PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.strip() == f"torch: {expected}", done.stderr
+
+
+def test_one_process_under_torchrun_does_not_wait_for_a_server_that_is_elsewhere() -> None:
+    script = "\n".join(
+        [
+            "from megatron_tokenformer.config.schema import Parallel",
+            "from megatron_tokenformer.parallel.environment import find_processes",
+            "from megatron_tokenformer.parallel.layout import start",
+            "print(start(Parallel(), find_processes()))",
+        ]
+    )
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **torchrun, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
+    )
+    assert "1 process(es) started by torchrun or deepspeed" in done.stdout, done.stderr
