@@ -13,7 +13,7 @@ import yaml
 
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import find_checkpoint
-from megatron_tokenformer.training.metrics import read_rows
+from megatron_tokenformer.metrics_file import read_rows
 from tests.toy import DENSE, write_tokens
 
 ROOT = Path(__file__).parents[1]

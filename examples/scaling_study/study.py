@@ -29,9 +29,9 @@ from tqdm import tqdm
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import run_cli
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.progressive.launchers import LAUNCHERS
 from megatron_tokenformer.several import call_python, for_all
-from megatron_tokenformer.training.metrics import read_rows
 
 HERE = Path(__file__).parent
 PLOT, CALLS = "perplexity_vs_flops.png", "calls.jsonl"

@@ -22,8 +22,8 @@ from megatron_tokenformer.config.load import dump_config
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import load_model
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.language_model import LanguageModel
-from megatron_tokenformer.training.metrics import read_rows
 from tests.ranks import run_ranks
 from tests.toy import DENSE, VOCABULARY, toy_config, train_toy
 
