@@ -30,6 +30,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 """Okabe and Ito's, which people with any sight can tell apart, and two more"""
 MOST_POINTS = 4_000
 """of a line; more are not seen on any paper or screen"""
+LONG = 1_000
+"""points of a curve whose first fiftieth may be left out of the picture"""
 SETBACKS = {
     "skipped": ("step skipped", "#555555"),
     "spike": ("spike", "#e69f00"),
@@ -72,6 +74,8 @@ class Panel:
     log_y: bool = False
     percent: bool = False
     from_zero: bool = False
+    top: float | None = None
+    """what lies above is left out of the picture, as the first steps of a long run"""
 
 
 @dataclass(frozen=True)
@@ -137,16 +141,29 @@ def scaling_chart(
 
 
 def _loss_panel(curves: Sequence[Curve], x: Axis, smooth: int | None) -> Panel:
-    lines = []
+    lines, tops = [], []
     for curve, colour in _coloured(curves):
-        lines += _lines(curve.label, colour, *_joined(curve, x, "loss"), smooth=smooth)
+        drawn = _lines(curve.label, colour, *_joined(curve, x, "loss"), smooth=smooth)
+        lines += drawn
+        if drawn:
+            tops.append(_top(drawn[-1].y))
         places, values = _joined(curve, x, "val_loss")
         seen = ~np.isnan(values)
         if seen.any():
             dark = _darker(colour)
             label = f"{curve.label}, validation"
             lines.append(Line(label, dark, *thinned(places[seen], values[seen]), style="points"))
-    return Panel(Y_LABELS["loss"], lines)
+    top = None if None in tops or not tops else max(top for top in tops if top is not None)
+    return Panel(Y_LABELS["loss"], lines, top=top)
+
+
+def _top(mean: np.ndarray) -> float | None:
+    """Of a long curve, what leaves its steep beginning out, so that the rest can be seen: not its spikes."""
+    later = mean[len(mean) // 50 :]
+    if len(mean) < LONG or np.isnan(later).all():
+        return None
+    low, high = np.nanmin(mean), np.nanmax(later)
+    return float(high + 0.5 * (high - low)) if high > low else None
 
 
 def _coloured(curves: Sequence[Curve]) -> Iterator[tuple[Curve, str]]:

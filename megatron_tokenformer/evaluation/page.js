@@ -113,6 +113,10 @@
     return found;
   }
 
+  function toldX(value) {
+    return data.logX && value >= 1e6 ? value.toExponential(2).replace(/\.?0*e\+/, "e") : told(value);
+  }
+
   function told(value, percent) {
     if (value === null) return "-";
     if (percent) return (100 * value).toPrecision(3) + " %";
@@ -129,6 +133,7 @@
     const lines = shown(panel);
     const xs = zoom || allX(), ys = range(inside(lines, "y"), content.logY);
     if (content.fromZero) ys[0] = 0;
+    if (content.top !== null && !zoom) ys[1] = Math.min(ys[1], content.top);
     const x = (panel.x = scale(xs, data.logX, left, width - right));
     const y = (panel.y = scale(ys, content.logY, height - bottom, top));
     const clip = `clip${panels ? panels.indexOf(panel) : 0}-${width}`;
@@ -136,7 +141,7 @@
     element("rect", area, element("clipPath", { id: clip }, svg));
     for (const value of ticks(xs, data.logX, panel.main ? 9 : 5)) {
       element("line", { class: "grid", x1: x(value), x2: x(value), y1: top, y2: height - bottom }, svg);
-      element("text", { x: x(value), y: height - bottom + 15, "text-anchor": "middle" }, svg, told(value));
+      element("text", { x: x(value), y: height - bottom + 15, "text-anchor": "middle" }, svg, toldX(value));
     }
     for (const value of ticks(ys, content.logY, panel.main ? 7 : 5)) {
       element("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }, svg);
@@ -183,7 +188,7 @@
         const d = `M${at},${y(mark.y) - 7}l7,7l-7,7l-7,-7z`;
         element("title", {}, element("path", { d, fill: "#fff", stroke: mark.colour, "stroke-width": 1.5 }, group), mark.text);
       }
-      if (panel.main) {
+      if (panel.main && mark.y === null) {
         const where = { x: -panel.top - 4, y: at - 4, transform: "rotate(-90)", "text-anchor": "end" };
         element("text", where, group, mark.text);
       }
@@ -255,7 +260,7 @@
       row.append(text);
       panel.tip.appendChild(row);
     };
-    add(`${data.xLabel} ${told(value)}`);
+    add(`${data.xLabel} ${toldX(value)}`);
     for (const line of shown(panel)) {
       if (!line.label || value < line.x[0] || value > line.x[line.x.length - 1]) continue;
       const i = nearest(line, value);

@@ -61,6 +61,7 @@ def chart_data(chart: Chart) -> dict[str, Any]:
                 "logY": panel.log_y,
                 "percent": panel.percent,
                 "fromZero": panel.from_zero,
+                "top": panel.top,
                 "lines": [
                     {
                         "label": line.label,

@@ -130,7 +130,9 @@ def _format_axes(axes: Any, chart: Chart, panel: Panel) -> None:
     elif not panel.log_y:
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
     if panel.from_zero:
-        axes.set_ylim(bottom=0.0)
+        axes.set_ylim(0.0, 1.03 * high)
+    if panel.top is not None and panel.top < high:
+        axes.set_ylim(top=panel.top)
 
 
 def _plain(value: float, _: int | None = None) -> str:

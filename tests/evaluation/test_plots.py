@@ -151,6 +151,17 @@ def test_many_rows_are_read_with_all_their_values(tmp_path: Path) -> None:
     assert all(len(line.x) < 4_100 for panel in run_chart(read_curves([run])).panels for line in panel.lines)
 
 
+def test_the_steep_start_of_a_long_run_does_not_press_the_rest_flat(tmp_path: Path) -> None:
+    run = tmp_path / "long"
+    run.mkdir()
+    losses = [12.0 / (1 + s) + 2.0 + (30.0 if s == 2_500 else 0.0) for s in range(5_000)]
+    append(run, *({"step": s, "tokens": s, "loss": loss} for s, loss in enumerate(losses)))
+    (panel,) = run_chart(read_curves([run])).panels
+    assert panel.top is not None and 2.5 < panel.top < 6.0, "the mean of a spike is in the picture"
+    short = run_chart(read_curves([write_run(tmp_path / "short", 20)])).panels[0]
+    assert short.top is None
+
+
 def png_size(path: Path) -> tuple[int, int, int]:
     """Width and height of a PNG, and how many bytes of colour it holds: it really is one."""
     data, place, pixels = path.read_bytes(), 8, b""
