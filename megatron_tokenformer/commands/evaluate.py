@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_tokenformer.commands.options import LOAD, add_model_arguments
 from megatron_tokenformer.config.schema import Parallel, resolve_precision
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import run_cli
@@ -47,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--load", required=True, help="a checkpoint, a folder of them, or a run's folder (then the newest)")
+    add("--load", required=True, help=LOAD)
     add(
         "--data",
         required=True,
@@ -64,13 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--isolate-documents", action=switch, help=f"attend to the same document only {config}")
     add("--eod-mask-loss", action=switch, help=f"leave out what follows the end of a document {config}")
     add("--eod-id", type=int, metavar="ID", help="what ends a document (default: config or description)")
-    add(
-        "--precision",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        default="auto",
-        help="of weights and activations; auto: bf16 on a GPU, fp32 without one (default)",
-    )
-    add("--verify", action="store_true", help="first read the whole checkpoint and compare its hashes")
+    add_model_arguments(parser)
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
     return parser.parse_args(argv)
@@ -121,7 +117,10 @@ def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluat
         return open_evaluation(given.load, given.data, given.verify, **reading)
     from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
 
-    path = from_main_rank(lambda: open_evaluation(given.load, given.data, given.verify, **reading).path)
+    def open_on_main_rank() -> Path:
+        return open_evaluation(given.load, given.data, given.verify, **reading).stored.path
+
+    path = from_main_rank(open_on_main_rank)
     opened: list[Evaluation] = []
     on_all_ranks(lambda: opened.append(open_evaluation(path, given.data, **reading)))
     return opened[0]
@@ -132,8 +131,9 @@ def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -
     from megatron_tokenformer.evaluation.perplexity import total
 
     whole = total(scores)
-    size = parameter_count(opened.config.model)
-    print(f"{opened.path}: step {opened.manifest.step}, {size:,} parameters")
+    stored = opened.stored
+    size = parameter_count(stored.config.model)
+    print(f"{stored.path}: step {stored.manifest.step}, {size:,} parameters")
     print(f"windows of {opened.reading.sequence_length} tokens, precision {given.precision}")
     rows = [*scores, whole] if len(scores) > 1 else scores
     width = max(len(score.name) for score in rows)
@@ -149,7 +149,7 @@ def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -
         print(f"note: no bits per byte: no description tells the text_bytes of {', '.join(unknown)}")
     if given.json:
         each = [{"data": score.name, **score.as_json()} for score in scores]
-        about = {"checkpoint": str(opened.path), "step": opened.manifest.step, "parameters": size}
+        about = {"checkpoint": str(stored.path), "step": stored.manifest.step, "parameters": size}
         print(json.dumps({**whole.as_json(), **about, "datasets": each}))
 
 

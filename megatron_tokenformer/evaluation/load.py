@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,12 +11,74 @@ import torch
 from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
 from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS
-from megatron_tokenformer.checkpoint.stored_model import stored_config
-from megatron_tokenformer.config.schema import Precision, resolve_precision
+from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
+from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
+from megatron_tokenformer.config.schema import Precision, RunConfig, resolve_precision
+from megatron_tokenformer.data.provenance import named
+from megatron_tokenformer.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import set_taus, taus_from_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that was found to be in order."""
+
+    path: Path
+    manifest: Manifest
+    config: RunConfig
+
+
+def open_checkpoint(load: str | Path, verify: bool = False) -> Stored:
+    """What `--load` means: one checkpoint, or the newest good one of a folder of them, or of a run's.
+
+    Args:
+        verify: read the whole checkpoint first, and compare its hashes.
+
+    Raises:
+        UserError: no checkpoint there, or a damaged one.
+    """
+    path, manifest = first_good(find_checkpoints(load), lambda found: check_stored(found, verify))
+    return Stored(path, manifest, stored_config(path, manifest))
+
+
+def checkpoint_tokenizer(stored: Stored, model: str | None = None) -> Tokenizer:
+    """The tokenizer that a checkpoint's ids are of: its config's, or what its data's description told.
+
+    Args:
+        model: the tokenizer's file, where it is no longer where the checkpoint says.
+
+    Raises:
+        UserError: the checkpoint tells none, its file is not there or another one, or it has more ids than
+            the model.
+    """
+    made_with, configured = stored.manifest.tokenizer, stored.config.data.tokenizer
+    told = configured or made_with
+    if told is None:
+        raise UserError(
+            f"checkpoint {stored.path} tells no tokenizer: its config has no data.tokenizer, and its data "
+            "had no description; train with data.tokenizer.type and data.tokenizer.model"
+        )
+    file = model or told.model
+    try:
+        tokenizer = load_tokenizer(told.type, file, merges=told.merges, pattern=told.pattern)
+    except UserError as error:
+        why = f"{error} (the tokenizer of checkpoint {stored.path}; --tokenizer-model FILE names it anew)"
+        raise UserError(why, error.exit_code) from None
+    if made_with is not None and tokenizer.fingerprint != made_with.fingerprint:
+        raise UserError(
+            f"checkpoint {stored.path} was trained on data made with {made_with}, not with "
+            f"{named(file or told.type, tokenizer.fingerprint)}"
+        )
+    if tokenizer.vocab_size > stored.config.model.vocab_size:
+        raise UserError(
+            f"{file or told.type} has {tokenizer.vocab_size} token ids, but the model.vocab_size of "
+            f"checkpoint {stored.path} is {stored.config.model.vocab_size}"
+        )
+    return tokenizer
 
 
 def one_device() -> torch.device:
