@@ -1,7 +1,8 @@
-"""The loss, perplexity and bits per byte of a checkpoint on datasets, whatever layout wrote it.
+"""The loss, perplexity and bits per byte of a checkpoint on datasets, and its figures on zero-shot tasks.
 
-Each token of a dataset but the first is predicted once, in windows that do not overlap, in order.  Documents
-are isolated, and positions left out of the loss, as in the validation of the run that wrote the checkpoint.
+The checkpoint may be of any layout.  Each token of a dataset (--data) but the first is predicted once, in
+windows that do not overlap, in order.  Documents are isolated, and positions left out of the loss, as in the
+validation of the run that wrote the checkpoint.  Tasks (--tasks) are those of lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_tokenformer.commands.options import LOAD, add_model_arguments
 from megatron_tokenformer.config.schema import Parallel, resolve_precision
 from megatron_tokenformer.config.sizes import parameter_count
-from megatron_tokenformer.errors import run_cli
+from megatron_tokenformer.durable import replace_durably
+from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.parallel.environment import find_processes
 from megatron_tokenformer.parallel.telling import tell
 from megatron_tokenformer.quiet import quiet_imports
 
 if TYPE_CHECKING:
+    from megatron_tokenformer.data.tokenizers import Tokenizer
+    from megatron_tokenformer.evaluation.load import Stored
     from megatron_tokenformer.evaluation.perplexity import Evaluation, Score
+    from megatron_tokenformer.evaluation.zero_shot import Exam
     from megatron_tokenformer.parallel.layout import Layout
 
 EPILOG = """\
@@ -34,9 +39,16 @@ examples:
   python tools/evaluate.py --load runs/tokenformer-124m/checkpoints/step-00010000 \\
       --data data/val_arxiv_text_document --data data/val_github_text_document --json
 
-  # on 8 GPUs, each with the whole model and its share of the windows
-  torchrun --nproc-per-node 8 tools/evaluate.py --load runs/tokenformer-124m --data PREFIX
+  # the columns of the paper's table; documents come from the Hugging Face hub, or its cache
+  python tools/evaluate.py --load runs/tokenformer-124m --output zero-shot.json \\
+      --tasks lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande
+
+  # on 8 GPUs, each with the whole model and its share of the windows and requests
+  torchrun --nproc-per-node 8 tools/evaluate.py --load runs/tokenformer-124m --data PREFIX --tasks piqa
 """
+EXAM = ("include_path", "num_fewshot", "limit", "sequence_length")
+BOOTSTRAP = 1_000
+"""draws for the standard error of a perplexity"""
 READING = (
     *("sequence_length", "micro_batch_size", "max_tokens"),
     *("isolate_documents", "eod_mask_loss", "eod_id"),
@@ -52,13 +64,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--load", required=True, help=LOAD)
     add(
         "--data",
-        required=True,
+        default=[],
         action="extend",
         nargs="+",
         metavar="PREFIX",
         help="datasets, each named without .bin; may be given again",
     )
     add("--max-tokens", type=int, metavar="N", help="only the first N predicted tokens of each dataset")
+    add("--tasks", type=names, default=(), metavar="NAME,...", help="tasks, groups or tags of the harness")
+    add("--include-path", metavar="DIR", help="a folder of more tasks, as the harness's YAML files")
+    add("--num-fewshot", type=int, metavar="N", help="examples before a question (default: the task's or 0)")
+    add("--limit", type=int, metavar="N", help="only the first N documents of each task, for trials")
+    add("--batch-size", type=batch_size, metavar="N", help="requests at once (default: auto, what fits)")
+    add("--output", type=Path, metavar="FILE", help="write all that the harness found, as JSON")
+    add("--tokenizer-model", metavar="FILE", help="the tokenizer's file (default: where the checkpoint says)")
     config = "(default: as in the checkpoint's config)"
     add("--sequence-length", type=int, metavar="N", help=f"tokens in a window {config}")
     add("--micro-batch-size", type=int, metavar="N", help=f"windows at once, in each process {config}")
@@ -69,7 +88,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if not given.data and not given.tasks:
+        parser.error("nothing to evaluate on: give --data PREFIX, --tasks NAME,... or both")
+    of_tasks = ("include_path", "num_fewshot", "limit", "batch_size", "output", "tokenizer_model")
+    idle = [f"--{key.replace('_', '-')}" for key in of_tasks if getattr(given, key) is not None]
+    if idle and not given.tasks:
+        parser.error(f"{', '.join(idle)} without --tasks")
+    return given
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` as names."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+def batch_size(text: str) -> int | None:
+    """A number, or None for `auto`."""
+    return None if text == "auto" else int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,14 +130,65 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
     from megatron_tokenformer.evaluation.load import one_device
     from megatron_tokenformer.evaluation.perplexity import evaluate
 
+    exam = exam_of(given) if given.tasks else None
     opened = open_everywhere(given, layout)
+    tokenizer = open_tokenizer(given, opened.stored, layout) if exam else None
     device = layout.device if layout else one_device()
     given.precision = resolve_precision(given.precision, device.type)
-    scores = evaluate(opened, given.precision, layout)
-    if layout is None or layout.is_main:
-        report(given, opened, scores)
+    is_main = layout is None or layout.is_main
+    about = told_about(opened.stored)
+    if is_main:
+        print(f"{about['checkpoint']}: step {about['step']}, {about['parameters']:,} parameters")
+    if given.data:
+        scores = evaluate(opened, given.precision, layout)
+        if is_main:
+            about = report(given, opened, scores) | about
+    if exam and tokenizer:
+        from megatron_tokenformer.evaluation.zero_shot import evaluate_tasks
+
+        results = evaluate_tasks(opened.stored, tokenizer, exam, given.precision, layout)
+        if results is not None:
+            about |= report_tasks(given, results)
+    if is_main and given.json:
+        print(json.dumps(about))
     if layout is not None:
         layouts.stop()  # not after a failure: it would wait for ranks that still wait for this one
+
+
+def exam_of(given: argparse.Namespace) -> Exam:
+    """What the options ask for.
+
+    Raises:
+        UserError: the harness is not there, a number is too small, or the output's folder is not there.
+    """
+    from megatron_tokenformer.evaluation.zero_shot import Exam
+
+    if given.output and not given.output.parent.is_dir():
+        raise UserError(f"--output {given.output}: there is no folder {given.output.parent}")
+    wanted = {key: getattr(given, key) for key in EXAM}
+    return Exam(given.tasks, rows=given.batch_size, bootstrap=BOOTSTRAP, **wanted)
+
+
+def open_tokenizer(given: argparse.Namespace, stored: Stored, layout: Layout | None) -> Tokenizer:
+    """The checkpoint's tokenizer, on every rank.
+
+    Raises:
+        UserError: there is none, or it is another one.
+    """
+    from megatron_tokenformer.evaluation.load import checkpoint_tokenizer
+
+    tokenizer: list[Tokenizer] = []
+
+    def load() -> None:
+        tokenizer.append(checkpoint_tokenizer(stored, given.tokenizer_model))
+
+    if layout is None:
+        load()
+    else:
+        from megatron_tokenformer.parallel.layout import on_all_ranks
+
+        on_all_ranks(load)
+    return tokenizer[0]
 
 
 def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluation:
@@ -126,14 +213,17 @@ def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluat
     return opened[0]
 
 
-def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -> None:
-    """Print a row for each dataset and one for all."""
+def told_about(stored: Stored) -> dict[str, Any]:
+    """What a report says first."""
+    size = parameter_count(stored.config.model)
+    return {"checkpoint": str(stored.path), "step": stored.manifest.step, "parameters": size}
+
+
+def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -> dict[str, Any]:
+    """Print a row for each dataset and one for all; the figures as JSON."""
     from megatron_tokenformer.evaluation.perplexity import total
 
     whole = total(scores)
-    stored = opened.stored
-    size = parameter_count(stored.config.model)
-    print(f"{stored.path}: step {stored.manifest.step}, {size:,} parameters")
     print(f"windows of {opened.reading.sequence_length} tokens, precision {given.precision}")
     rows = [*scores, whole] if len(scores) > 1 else scores
     width = max(len(score.name) for score in rows)
@@ -147,10 +237,30 @@ def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -
     unknown = [score.name for score in scores if score.bytes is None]
     if unknown:
         print(f"note: no bits per byte: no description tells the text_bytes of {', '.join(unknown)}")
-    if given.json:
-        each = [{"data": score.name, **score.as_json()} for score in scores]
-        about = {"checkpoint": str(stored.path), "step": stored.manifest.step, "parameters": size}
-        print(json.dumps({**whole.as_json(), **about, "datasets": each}))
+    each = [{"data": score.name, **score.as_json()} for score in scores]
+    return {**whole.as_json(), "datasets": each}
+
+
+def report_tasks(given: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+    """Print every figure, and the paper's columns where there are any; the figures as JSON."""
+    from megatron_tokenformer.evaluation.zero_shot import figures, paper_columns
+
+    found = figures(results)
+    if given.output:
+        replace_durably(given.output, json.dumps(results, indent=1, default=str) + "\n")
+    width = max(map(len, found))
+    for name, value in found.items():
+        if "_stderr" not in name:
+            error = found.get(f"{name}_stderr")
+            print(f"{name:<{width}}{value:>12,.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+    columns = paper_columns(found)
+    if any(value is not None for value in columns.values()):
+        cells = ["-" if value is None else f"{value:.2f}" for value in columns.values()]
+        print("  ".join(columns))
+        print("  ".join(f"{cell:>{len(column)}}" for column, cell in zip(columns, cells)))
+    if given.limit is not None:
+        print(f"note: of the first {given.limit} documents of each task only")
+    return {"tasks": found, "table": columns}
 
 
 if __name__ == "__main__":
