@@ -25,7 +25,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.generation import Prompt, PromptEncoder
 from megatron_tokenformer.evaluation.sampling import Sampling
 from megatron_tokenformer.evaluation.scoring import Window, Writing
-from megatron_tokenformer.evaluation.sharing import Crew
+from megatron_tokenformer.evaluation.sharing import Crew, in_short
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """texts of context and continuation, and the ids of both"""
@@ -145,8 +145,7 @@ def open_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int 
         try:
             found = manager.load([name])
         except Exception as error:  # whatever datasets and a task's own code raise
-            why = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"task {name}: its documents cannot be had: {why}", exit_code=1) from error
+            raise UserError(f"task {name} cannot be loaded: {in_short(error)}", exit_code=1) from error
         for part in loaded:
             loaded[part].update(found[part])
     for task in loaded["tasks"].values():

@@ -14,7 +14,7 @@ from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
 from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
 from megatron_tokenformer.config.schema import Precision, RunConfig, resolve_precision
-from megatron_tokenformer.data.provenance import named
+from megatron_tokenformer.data.provenance import TokenizerRecord, named
 from megatron_tokenformer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import LanguageModel
@@ -46,37 +46,50 @@ def open_checkpoint(load: str | Path, verify: bool = False) -> Stored:
 
 
 def checkpoint_tokenizer(stored: Stored, model: str | None = None) -> Tokenizer:
-    """The tokenizer that a checkpoint's ids are of: its config's, or what its data's description told.
+    """The tokenizer that a checkpoint's ids are of.
 
     Args:
         model: the tokenizer's file, where it is no longer where the checkpoint says.
 
     Raises:
-        UserError: the checkpoint tells none, its file is not there or another one, or it has more ids than
-            the model.
+        UserError: see `open_tokenizer`.
     """
-    made_with, configured = stored.manifest.tokenizer, stored.config.data.tokenizer
-    told = configured or made_with
+    try:
+        return open_tokenizer(stored.config, stored.manifest.tokenizer, model)
+    except UserError as error:
+        raise UserError(f"checkpoint {stored.path}: {error}", error.exit_code) from None
+
+
+def open_tokenizer(
+    config: RunConfig, made_with: TokenizerRecord | None, model: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a run: its config's, or what the description of its data tells.
+
+    Args:
+        made_with: what made the data; None if unknown.
+        model: the tokenizer's file, where it is no longer where it was.
+
+    Raises:
+        UserError: nothing tells it, its file is not there or another one, or it has more ids than the model.
+    """
+    told = config.data.tokenizer or made_with
     if told is None:
         raise UserError(
-            f"checkpoint {stored.path} tells no tokenizer: its config has no data.tokenizer, and its data "
-            "had no description; train with data.tokenizer.type and data.tokenizer.model"
+            "nothing tells the tokenizer: the config has no data.tokenizer, and the data had no description; "
+            "train with data.tokenizer.type and data.tokenizer.model"
         )
     file = model or told.model
     try:
         tokenizer = load_tokenizer(told.type, file, merges=told.merges, pattern=told.pattern)
     except UserError as error:
-        why = f"{error} (the tokenizer of checkpoint {stored.path}; --tokenizer-model FILE names it anew)"
-        raise UserError(why, error.exit_code) from None
+        raise UserError(f"{error}; --tokenizer-model FILE tells where it is now", error.exit_code) from None
     if made_with is not None and tokenizer.fingerprint != made_with.fingerprint:
+        name = named(file or told.type, tokenizer.fingerprint)
+        raise UserError(f"it was trained on data made with {made_with}, not with {name}")
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"checkpoint {stored.path} was trained on data made with {made_with}, not with "
-            f"{named(file or told.type, tokenizer.fingerprint)}"
-        )
-    if tokenizer.vocab_size > stored.config.model.vocab_size:
-        raise UserError(
-            f"{file or told.type} has {tokenizer.vocab_size} token ids, but the model.vocab_size of "
-            f"checkpoint {stored.path} is {stored.config.model.vocab_size}"
+            f"{file or told.type} has {tokenizer.vocab_size} token ids, but model.vocab_size is "
+            f"{config.model.vocab_size}"
         )
     return tokenizer
 

@@ -25,10 +25,17 @@ class Crew:
     Args:
         scorer: this rank's.
         rank: this one, of `size`.
+        convert: makes words of what goes wrong on one rank; by default a bug stays a bug.
     """
 
-    def __init__(self, scorer: Scorer, rank: int = 0, size: int = 1) -> None:
-        self.scorer, self.rank, self.size = scorer, rank, size
+    def __init__(
+        self,
+        scorer: Scorer,
+        rank: int = 0,
+        size: int = 1,
+        convert: Callable[[Exception], UserError] | None = None,
+    ) -> None:
+        self.scorer, self.rank, self.size, self._convert = scorer, rank, size, convert
 
     def ask(self, kind: Kind, work: Sequence[Window] | Sequence[Writing]) -> list[Any]:
         """On the main rank: have this done, and get the results in order.
@@ -38,7 +45,7 @@ class Crew:
         """
         if self.size == 1:
             return self._part(kind, work)
-        dist.broadcast_object_list([("work", kind, work)], src=0)
+        self._tell("work", kind, work)
         return self._together(kind, work)
 
     def serve(self) -> None:
@@ -57,6 +64,30 @@ class Crew:
                 raise UserError(about[0], exit_code=about[1], everywhere=True)
             self._together(*about)
 
+    def lead(self, act: Callable[[], Result]) -> Result | None:
+        """Act on the main rank, while the others serve it; what it returns, there.
+
+        Raises:
+            UserError: something went wrong anywhere; on every rank.
+        """
+        if self.rank:
+            self.serve()
+            return None
+        try:
+            with self._in_words():
+                result = act()
+        except UserError as error:
+            if not error.everywhere:  # else it has ended on the others, too
+                self._tell("failed", str(error), error.exit_code)
+                error.everywhere = self.size > 1
+            raise
+        self._tell("done")
+        return result
+
+    def _tell(self, *told: Any) -> None:
+        if self.size > 1:
+            dist.broadcast_object_list([told], src=0)
+
     def _together(self, kind: Kind, work: Sequence[Window] | Sequence[Writing]) -> list[Any]:
         from megatron_tokenformer.parallel.layout import on_all_ranks
 
@@ -68,43 +99,21 @@ class Crew:
         return results
 
     def _part(self, kind: Kind, work: Sequence[Any]) -> list[Any]:
-        return self.scorer.score(work) if kind == "score" else self.scorer.write(work)
+        with self._in_words():
+            return self.scorer.score(work) if kind == "score" else self.scorer.write(work)
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if self._convert is None:
+                raise
+            raise self._convert(error) from error
 
 
-def lead(crew: Crew, act: Callable[[], Result], convert: Callable[[Exception], UserError]) -> Result | None:
-    """Act on the main rank, while the others serve it; what it returns, there.
-
-    Args:
-        convert: what goes wrong on the main rank alone, in words; or raises it again.
-
-    Raises:
-        UserError: something went wrong anywhere; on every rank.
-    """
-    if crew.rank:
-        crew.serve()
-        return None
-    with _dismissing(crew, convert):
-        return act()
-
-
-@contextmanager
-def _dismissing(crew: Crew, convert: Callable[[Exception], UserError]) -> Iterator[None]:
-    """Tell the others how it ended, unless it did for them, too."""
-    try:
-        yield
-    except UserError as error:
-        if not error.everywhere:
-            _dismiss(crew, ("failed", str(error), error.exit_code))
-            error.everywhere = crew.size > 1
-        raise
-    except Exception as error:
-        told = convert(error)
-        _dismiss(crew, ("failed", str(told), told.exit_code))
-        told.everywhere = crew.size > 1
-        raise told from error
-    _dismiss(crew, ("done",))
-
-
-def _dismiss(crew: Crew, told: tuple[Any, ...]) -> None:
-    if crew.size > 1:
-        dist.broadcast_object_list([told], src=0)
+def in_short(error: Exception) -> str:
+    """What an error of somebody else's code says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -19,7 +19,7 @@ from megatron_tokenformer.config.schema import Precision
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, load_model, one_device
 from megatron_tokenformer.evaluation.scoring import Scorer
-from megatron_tokenformer.evaluation.sharing import Crew, lead
+from megatron_tokenformer.evaluation.sharing import Crew
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed and megatron-core, which one process does without
     from megatron_tokenformer.data.tokenizers import Tokenizer
@@ -91,7 +91,7 @@ def evaluate_tasks(
     Args:
         layout: of the processes that share the work out, each with the whole model; None: one alone.
         deadline: of time.monotonic(), at which to give up.
-        convert: makes words of what the harness raises on the main rank; by default it stays as it is.
+        convert: makes words of whatever goes wrong; by default a bug stays a bug.
 
     Raises:
         UserError: tasks that are not there or do not suit the model, a damaged checkpoint, too little memory.
@@ -113,8 +113,8 @@ def evaluate_tasks(
         from megatron_tokenformer.parallel.layout import on_all_ranks
 
         on_all_ranks(load)
-    crew = Crew(scorers[0], rank, size)
-    return lead(crew, lambda: _sit(crew, stored, exam), convert or _as_it_is)
+    crew = Crew(scorers[0], rank, size, convert)
+    return crew.lead(lambda: _sit(crew, stored, exam))
 
 
 def _sit(crew: Crew, stored: Stored, exam: Exam) -> dict[str, Any]:
@@ -123,10 +123,6 @@ def _sit(crew: Crew, stored: Stored, exam: Exam) -> dict[str, Any]:
     loaded = open_tasks(exam.tasks, exam.include_path, exam.num_fewshot)
     model = HarnessModel(crew, exam.sequence_length or stored.config.data.sequence_length)
     return run_tasks(loaded, model, exam.limit, exam.bootstrap)
-
-
-def _as_it_is(error: Exception) -> UserError:
-    raise error
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, float]:

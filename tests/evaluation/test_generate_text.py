@@ -189,7 +189,7 @@ def test_the_tokenizer_is_the_one_of_the_data(tmp_path: Path) -> None:
 def test_a_checkpoint_that_tells_no_tokenizer_is_refused(tmp_path: Path) -> None:
     config = toy_config(tmp_path, training={"steps": 2})
     run_ranks(1, train_toy, config)
-    with pytest.raises(UserError, match=r"tells no tokenizer: .*data\.tokenizer\.type"):
+    with pytest.raises(UserError, match=r"nothing tells the tokenizer: .*data\.tokenizer\.type"):
         main(["--load", config.run_dir, "--prompt", "a"])
 
 

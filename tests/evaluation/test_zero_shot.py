@@ -231,7 +231,7 @@ def test_documents_that_cannot_be_had_are_told(
     (tmp_path / "own" / "toy_choice.jsonl").unlink()
     words = ["--load", trained.run_dir, "--tasks", "toy_choice", "--include-path", folder]
     assert main(words) == 1
-    assert "error: task toy_choice: its documents cannot be had: " in capsys.readouterr().err
+    assert "error: task toy_choice cannot be loaded: " in capsys.readouterr().err
 
 
 def test_without_the_harness_it_says_how_to_get_it(
