@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ examples:
 
   # the components of the Pile, split by preprocess_data.py --split-by: a row for each, and the total
   python tools/evaluate.py --load runs/tokenformer-124m/checkpoints/step-00010000 \\
-      --data data/val_arxiv_text_document --data data/val_github_text_document --json
+      --data 'data/val_*_text_document' --json
 
   # the columns of the paper's table; documents come from the Hugging Face hub, or its cache
   python tools/evaluate.py --load runs/tokenformer-124m --output zero-shot.json \\
@@ -68,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="extend",
         nargs="+",
         metavar="PREFIX",
-        help="datasets, each named without .bin; may be given again",
+        help="datasets, each named without .bin, or by a pattern in quotes; may be given again",
     )
     add("--max-tokens", type=int, metavar="N", help="only the first N predicted tokens of each dataset")
     add("--tasks", type=names, default=(), metavar="NAME,...", help="tasks, groups or tags of the harness")
@@ -89,6 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
     given = parser.parse_args(argv)
+    given.data = [prefix for pattern in given.data for prefix in expand(pattern)]
     if not given.data and not given.tasks:
         parser.error("nothing to evaluate on: give --data PREFIX, --tasks NAME,... or both")
     of_tasks = ("include_path", "num_fewshot", "limit", "batch_size", "output", "tokenizer_model")
@@ -96,6 +98,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if idle and not given.tasks:
         parser.error(f"{', '.join(idle)} without --tasks")
     return given
+
+
+def expand(pattern: str) -> list[str]:
+    """The datasets that a pattern names, in order of name; a plain name, or one of nothing, as it is."""
+    found = sorted(path.removesuffix(".idx") for path in glob(f"{pattern}.idx"))
+    return found or [pattern]
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -227,17 +235,22 @@ def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -
     print(f"windows of {opened.reading.sequence_length} tokens, precision {given.precision}")
     rows = [*scores, whole] if len(scores) > 1 else scores
     width = max(len(score.name) for score in rows)
-    print(f"{'dataset':<{width}}{'tokens':>16}{'loss':>10}{'perplexity':>18}{'bits per byte':>15}")
+    parts = max(len(score.component or "") for score in rows)
+    beside = max(parts, len("component")) + 2 if parts else 0
+    print(
+        f"{'dataset':<{width}}{'component'[:beside]:>{beside}}{'tokens':>16}{'loss':>10}{'perplexity':>18}{'bits per byte':>15}"
+    )
     for score in rows:
         told = score.as_json()
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
         print(
-            f"{score.name:<{width}}{score.tokens:>16,}{score.val_loss:>10.4f}{told['val_ppl']:>18,.6g}{bits:>15}"
+            f"{score.name:<{width}}{score.component or '-' * bool(beside):>{beside}}"
+            f"{score.tokens:>16,}{score.val_loss:>10.4f}{told['val_ppl']:>18,.6g}{bits:>15}"
         )
     unknown = [score.name for score in scores if score.bytes is None]
     if unknown:
         print(f"note: no bits per byte: no description tells the text_bytes of {', '.join(unknown)}")
-    each = [{"data": score.name, **score.as_json()} for score in scores]
+    each = [{"data": score.name, "component": score.component, **score.as_json()} for score in scores]
     return {**whole.as_json(), "datasets": each}
 
 

@@ -38,6 +38,8 @@ class Score:
     """that were predicted and count"""
     bytes: float | None
     """of the text that these tokens stand for; None if no description tells"""
+    component: str | None = None
+    """whose documents these are, where a description tells"""
 
     @property
     def val_loss(self) -> float:
@@ -147,4 +149,4 @@ def _score(data: Dataset, nats: float, tokens: float) -> Score:
         )
     # In proportion: a part of a dataset stands for that part of its text.
     size = None if data.text_bytes is None else data.text_bytes * tokens / data.targets
-    return Score(prefix, nats, int(tokens), size)
+    return Score(prefix, nats, int(tokens), size, data.component)

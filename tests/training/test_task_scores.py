@@ -85,16 +85,16 @@ def test_a_rank_that_cannot_evaluate_ends_no_run(tmp_path: Path, rank: int) -> N
 
 
 @pytest.mark.parametrize(
-    "tasks, why", [(["toy_choice"], "cannot be loaded"), (["toy_grande"], "KeyError: 'gone'")]
+    "task, why", [("toy_choice", "cannot be loaded"), ("toy_grande", "KeyError: 'gone'")]
 )
-def test_tasks_that_fail_on_the_main_rank_end_no_run(tmp_path: Path, tasks: list[str], why: str) -> None:
+def test_tasks_that_fail_on_the_main_rank_end_no_run(tmp_path: Path, task: str, why: str) -> None:
     folder = tmp_path / "own"
     write_tasks(folder)
     (folder / "toy_choice.jsonl").unlink()
     functions = folder / "functions.py"
     later = 'doc["after" if doc["before"][0] != "x " else "gone"]'  # when the harness has tried the first
     functions.write_text(functions.read_text().replace('doc["after"]', later))
-    wanted = {"tasks": tasks, "include_path": str(folder)}
+    wanted = {"tasks": [task], "include_path": str(folder)}
     config = train_on_text(tmp_path, TEXT, tensor=2, evaluation=wanted)
     *_, last = read_rows(Path(config.run_dir) / "metrics.jsonl")
     assert (last["step"], last["event"]) == (4, "tasks not evaluated")
