@@ -237,9 +237,8 @@ def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -
     width = max(len(score.name) for score in rows)
     parts = max(len(score.component or "") for score in rows)
     beside = max(parts, len("component")) + 2 if parts else 0
-    print(
-        f"{'dataset':<{width}}{'component'[:beside]:>{beside}}{'tokens':>16}{'loss':>10}{'perplexity':>18}{'bits per byte':>15}"
-    )
+    head = f"{'dataset':<{width}}{'component'[:beside]:>{beside}}"
+    print(f"{head}{'tokens':>16}{'loss':>10}{'perplexity':>18}{'bits per byte':>15}")
     for score in rows:
         told = score.as_json()
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"

@@ -84,9 +84,10 @@ def test_a_rank_that_cannot_evaluate_ends_no_run(tmp_path: Path, rank: int) -> N
     assert losses(config) == losses(plain), "training went on as if nothing had been"
 
 
-@pytest.mark.parametrize(
-    "task, why", [("toy_choice", "cannot be loaded"), ("toy_grande", "KeyError: 'gone'")]
-)
+FAILING = [("toy_choice", "cannot be loaded"), ("toy_grande", "KeyError: 'gone'")]
+
+
+@pytest.mark.parametrize("task, why", FAILING)
 def test_tasks_that_fail_on_the_main_rank_end_no_run(tmp_path: Path, task: str, why: str) -> None:
     folder = tmp_path / "own"
     write_tasks(folder)
