@@ -1,25 +1,33 @@
-"""The loss, perplexity and bits per byte of a checkpoint on datasets, whatever layout wrote it.
+"""The loss, perplexity and bits per byte of a checkpoint on datasets, and its figures on zero-shot tasks.
 
-Each token of a dataset but the first is predicted once, in windows that do not overlap, in order.  Documents
-are isolated, and positions left out of the loss, as in the validation of the run that wrote the checkpoint.
+The checkpoint may be of any layout.  Each token of a dataset (--data) but the first is predicted once, in
+windows that do not overlap, in order.  Documents are isolated, and positions left out of the loss, as in the
+validation of the run that wrote the checkpoint.  Tasks (--tasks) are those of lm-evaluation-harness.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_tokenformer.commands.command_line import CommandParser
+from megatron_tokenformer.commands.options import LOAD, add_model_arguments
 from megatron_tokenformer.config.schema import Parallel, resolve_precision
 from megatron_tokenformer.config.sizes import parameter_count
-from megatron_tokenformer.errors import run_cli
+from megatron_tokenformer.durable import replace_durably
+from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.parallel.environment import find_processes
 from megatron_tokenformer.parallel.telling import tell
 from megatron_tokenformer.quiet import quiet_imports
 
 if TYPE_CHECKING:
+    from megatron_tokenformer.data.tokenizers import Tokenizer
+    from megatron_tokenformer.evaluation.load import Stored
     from megatron_tokenformer.evaluation.perplexity import Evaluation, Score
+    from megatron_tokenformer.evaluation.zero_shot import Exam
     from megatron_tokenformer.parallel.layout import Layout
 
 EPILOG = """\
@@ -31,11 +39,18 @@ examples:
 
   # the components of the Pile, split by preprocess_data.py --split-by: a row for each, and the total
   python tools/evaluate.py --load runs/tokenformer-124m/checkpoints/step-00010000 \\
-      --data data/val_arxiv_text_document --data data/val_github_text_document --json
+      --data 'data/val_*_text_document' --json
 
-  # on 8 GPUs, each with the whole model and its share of the windows
-  torchrun --nproc-per-node 8 tools/evaluate.py --load runs/tokenformer-124m --data PREFIX
+  # the columns of the paper's table; documents come from the Hugging Face hub, or its cache
+  python tools/evaluate.py --load runs/tokenformer-124m --output zero-shot.json \\
+      --tasks lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande
+
+  # on 8 GPUs, each with the whole model and its share of the windows and requests
+  torchrun --nproc-per-node 8 tools/evaluate.py --load runs/tokenformer-124m --data PREFIX --tasks piqa
 """
+EXAM = ("include_path", "num_fewshot", "limit", "sequence_length")
+BOOTSTRAP = 1_000
+"""draws for the standard error of a perplexity"""
 READING = (
     *("sequence_length", "micro_batch_size", "max_tokens"),
     *("isolate_documents", "eod_mask_loss", "eod_id"),
@@ -46,16 +61,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(__doc__, EPILOG)
     add = parser.add_argument
-    add("--load", required=True, help="a checkpoint, a folder of them, or a run's folder (then the newest)")
+    add("--load", required=True, help=LOAD)
     add(
         "--data",
-        required=True,
+        default=[],
         action="extend",
         nargs="+",
         metavar="PREFIX",
-        help="datasets, each named without .bin; may be given again",
+        help="datasets, each named without .bin, or by a pattern in quotes; may be given again",
     )
     add("--max-tokens", type=int, metavar="N", help="only the first N predicted tokens of each dataset")
+    add("--tasks", type=names, default=(), metavar="NAME,...", help="tasks, groups or tags of the harness")
+    add("--include-path", metavar="DIR", help="a folder of more tasks, as the harness's YAML files")
+    add("--num-fewshot", type=int, metavar="N", help="examples before a question (default: the task's or 0)")
+    add("--limit", type=int, metavar="N", help="only the first N documents of each task, for trials")
+    add("--batch-size", type=batch_size, metavar="N", help="requests at once (default: auto, what fits)")
+    add("--output", type=Path, metavar="FILE", help="write all that the harness found, as JSON")
+    add("--tokenizer-model", metavar="FILE", help="the tokenizer's file (default: where the checkpoint says)")
     config = "(default: as in the checkpoint's config)"
     add("--sequence-length", type=int, metavar="N", help=f"tokens in a window {config}")
     add("--micro-batch-size", type=int, metavar="N", help=f"windows at once, in each process {config}")
@@ -63,16 +85,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--isolate-documents", action=switch, help=f"attend to the same document only {config}")
     add("--eod-mask-loss", action=switch, help=f"leave out what follows the end of a document {config}")
     add("--eod-id", type=int, metavar="ID", help="what ends a document (default: config or description)")
-    add(
-        "--precision",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        default="auto",
-        help="of weights and activations; auto: bf16 on a GPU, fp32 without one (default)",
-    )
-    add("--verify", action="store_true", help="first read the whole checkpoint and compare its hashes")
+    add_model_arguments(parser)
     add("--json", action="store_true", help="print all figures as one JSON object in the last line")
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # given by launchers, unused
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    given.data = [prefix for pattern in given.data for prefix in expand(pattern)]
+    if not given.data and not given.tasks:
+        parser.error("nothing to evaluate on: give --data PREFIX, --tasks NAME,... or both")
+    of_tasks = ("include_path", "num_fewshot", "limit", "batch_size", "output", "tokenizer_model")
+    idle = [f"--{key.replace('_', '-')}" for key in of_tasks if getattr(given, key) is not None]
+    if idle and not given.tasks:
+        parser.error(f"{', '.join(idle)} without --tasks")
+    return given
+
+
+def expand(pattern: str) -> list[str]:
+    """The datasets that a pattern names, in order of name; a plain name, or one of nothing, as it is."""
+    found = sorted(path.removesuffix(".idx") for path in glob(f"{pattern}.idx"))
+    return found or [pattern]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` as names."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+def batch_size(text: str) -> int | None:
+    """A number, or None for `auto`."""
+    return None if text == "auto" else int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,14 +137,65 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
     from megatron_tokenformer.evaluation.load import one_device
     from megatron_tokenformer.evaluation.perplexity import evaluate
 
+    exam = exam_of(given) if given.tasks else None
     opened = open_everywhere(given, layout)
+    tokenizer = open_tokenizer(given, opened.stored, layout) if exam else None
     device = layout.device if layout else one_device()
     given.precision = resolve_precision(given.precision, device.type)
-    scores = evaluate(opened, given.precision, layout)
-    if layout is None or layout.is_main:
-        report(given, opened, scores)
+    is_main = layout is None or layout.is_main
+    about = told_about(opened.stored)
+    if is_main:
+        print(f"{about['checkpoint']}: step {about['step']}, {about['parameters']:,} parameters")
+    if given.data:
+        scores = evaluate(opened, given.precision, layout)
+        if is_main:
+            about = report(given, opened, scores) | about
+    if exam and tokenizer:
+        from megatron_tokenformer.evaluation.zero_shot import evaluate_tasks
+
+        results = evaluate_tasks(opened.stored, tokenizer, exam, given.precision, layout)
+        if results is not None:
+            about |= report_tasks(given, results)
+    if is_main and given.json:
+        print(json.dumps(about))
     if layout is not None:
         layouts.stop()  # not after a failure: it would wait for ranks that still wait for this one
+
+
+def exam_of(given: argparse.Namespace) -> Exam:
+    """What the options ask for.
+
+    Raises:
+        UserError: the harness is not there, a number is too small, or the output's folder is not there.
+    """
+    from megatron_tokenformer.evaluation.zero_shot import Exam
+
+    if given.output and not given.output.parent.is_dir():
+        raise UserError(f"--output {given.output}: there is no folder {given.output.parent}")
+    wanted = {key: getattr(given, key) for key in EXAM}
+    return Exam(given.tasks, rows=given.batch_size, bootstrap=BOOTSTRAP, **wanted)
+
+
+def open_tokenizer(given: argparse.Namespace, stored: Stored, layout: Layout | None) -> Tokenizer:
+    """The checkpoint's tokenizer, on every rank.
+
+    Raises:
+        UserError: there is none, or it is another one.
+    """
+    from megatron_tokenformer.evaluation.load import checkpoint_tokenizer
+
+    tokenizer: list[Tokenizer] = []
+
+    def load() -> None:
+        tokenizer.append(checkpoint_tokenizer(stored, given.tokenizer_model))
+
+    if layout is None:
+        load()
+    else:
+        from megatron_tokenformer.parallel.layout import on_all_ranks
+
+        on_all_ranks(load)
+    return tokenizer[0]
 
 
 def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluation:
@@ -120,36 +211,67 @@ def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluat
         return open_evaluation(given.load, given.data, given.verify, **reading)
     from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
 
-    path = from_main_rank(lambda: open_evaluation(given.load, given.data, given.verify, **reading).path)
+    def open_on_main_rank() -> Path:
+        return open_evaluation(given.load, given.data, given.verify, **reading).stored.path
+
+    path = from_main_rank(open_on_main_rank)
     opened: list[Evaluation] = []
     on_all_ranks(lambda: opened.append(open_evaluation(path, given.data, **reading)))
     return opened[0]
 
 
-def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -> None:
-    """Print a row for each dataset and one for all."""
+def told_about(stored: Stored) -> dict[str, Any]:
+    """What a report says first."""
+    size = parameter_count(stored.config.model)
+    return {"checkpoint": str(stored.path), "step": stored.manifest.step, "parameters": size}
+
+
+def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -> dict[str, Any]:
+    """Print a row for each dataset and one for all; the figures as JSON."""
     from megatron_tokenformer.evaluation.perplexity import total
 
     whole = total(scores)
-    size = parameter_count(opened.config.model)
-    print(f"{opened.path}: step {opened.manifest.step}, {size:,} parameters")
     print(f"windows of {opened.reading.sequence_length} tokens, precision {given.precision}")
     rows = [*scores, whole] if len(scores) > 1 else scores
     width = max(len(score.name) for score in rows)
-    print(f"{'dataset':<{width}}{'tokens':>16}{'loss':>10}{'perplexity':>18}{'bits per byte':>15}")
+    parts = max(len(score.component or "") for score in rows)
+    beside = max(parts, len("component")) + 2 if parts else 0
+    head = f"{'dataset':<{width}}{'component'[:beside]:>{beside}}"
+    print(f"{head}{'tokens':>16}{'loss':>10}{'perplexity':>18}{'bits per byte':>15}")
     for score in rows:
         told = score.as_json()
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
         print(
-            f"{score.name:<{width}}{score.tokens:>16,}{score.val_loss:>10.4f}{told['val_ppl']:>18,.6g}{bits:>15}"
+            f"{score.name:<{width}}{score.component or '-' * bool(beside):>{beside}}"
+            f"{score.tokens:>16,}{score.val_loss:>10.4f}{told['val_ppl']:>18,.6g}{bits:>15}"
         )
     unknown = [score.name for score in scores if score.bytes is None]
     if unknown:
         print(f"note: no bits per byte: no description tells the text_bytes of {', '.join(unknown)}")
-    if given.json:
-        each = [{"data": score.name, **score.as_json()} for score in scores]
-        about = {"checkpoint": str(opened.path), "step": opened.manifest.step, "parameters": size}
-        print(json.dumps({**whole.as_json(), **about, "datasets": each}))
+    each = [{"data": score.name, "component": score.component, **score.as_json()} for score in scores]
+    return {**whole.as_json(), "datasets": each}
+
+
+def report_tasks(given: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+    """Print every figure, and the paper's columns where there are any; the figures as JSON."""
+    from megatron_tokenformer.evaluation.zero_shot import figures, paper_columns
+
+    found = figures(results)
+    if given.output:
+        replace_durably(given.output, json.dumps(results, indent=1, default=str) + "\n")
+    width = max(map(len, found))
+    for name, value in found.items():
+        if "_stderr" not in name:
+            error = found.get(f"{name}_stderr")
+            print(f"{name:<{width}}{value:>12,.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+    columns = paper_columns(found)
+    if any(value is not None for value in columns.values()):
+        cells = ["-" if value is None else f"{value:.2f}" for value in columns.values()]
+        print("  ".join(columns))
+        print("  ".join(f"{cell:>{len(column)}}" for column, cell in zip(columns, cells)))
+    if given.limit is not None:
+        print(f"note: of the first {given.limit} documents of each task only")
+    return {"tasks": found, "table": columns}
 
 
 if __name__ == "__main__":

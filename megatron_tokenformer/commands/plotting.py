@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tokenformer.commands.command_line import CommandParser
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.charts import Chart
 from megatron_tokenformer.evaluation.curves import Curve
@@ -17,9 +18,7 @@ PAGE = ".html"
 
 def plot_parser(description: str | None, epilog: str) -> argparse.ArgumentParser:
     """The options of both commands."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description, epilog)
     add = parser.add_argument
     add("folders", nargs="+", metavar="RUN_DIR", help="a run's folder, or a schedule's (its stages in order)")
     add(

@@ -289,6 +289,21 @@ class Checkpoint(Section):
     """a checkpoint, or a folder of them, to start from when run_dir holds none of its own"""
 
 
+class Evaluation(Section):
+    """Tasks of lm-evaluation-harness, run on checkpoints of the run while it trains."""
+
+    tasks: list[str] = []
+    """names of tasks, groups or tags; none by default"""
+    interval: StepsOrZero = 0
+    """steps between evaluations on them, a multiple of checkpoint.interval; 0: only at the end"""
+    include_path: str | None = None
+    """a folder of more tasks, as the harness's YAML files"""
+    num_fewshot: int | None = Field(None, ge=0)
+    """examples before each question; by default the task's own, or none"""
+    limit: Steps | None = None
+    """only so many documents of each task"""
+
+
 class Wandb(Section):
     """Weights & Biases; `offline` needs no account and no network, and `online` without them is offline."""
 
@@ -319,6 +334,7 @@ class RunConfig(Section):
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
     checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
 
     @model_validator(mode="after")
@@ -375,6 +391,17 @@ class RunConfig(Section):
                     f"optimizer.old_token_lr_scale={self.optimizer.old_token_lr_scale:g} is of a tokenformer "
                     f"that has grown, and model.architecture=transformer; leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_have_checkpoints(self) -> RunConfig:
+        interval, saved = self.evaluation.interval, self.checkpoint.interval
+        if self.evaluation.tasks and interval and (not saved or interval % saved):
+            fits = math.ceil(interval / saved) * saved if saved else 0
+            raise ValueError(
+                f"evaluation.interval={interval} is not a multiple of checkpoint.interval={saved}, and tasks "
+                f"are run on checkpoints; evaluation.interval={fits} would work"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: its loss on text that it has not seen."""
+"""What a checkpoint is worth: its loss on text that it has not seen, what it writes, tasks."""

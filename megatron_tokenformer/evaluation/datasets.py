@@ -91,6 +91,12 @@ class Dataset:
         return told if isinstance(told, int) and told > 0 else None
 
     @property
+    def component(self) -> str | None:
+        """Of the Pile, say, as the description of a dataset of one component tells; else None."""
+        told = (self.file.pair.sidecar or {}).get("component")
+        return told if isinstance(told, str) else None
+
+    @property
     def batch_count(self) -> int:
         """Batches in all; a last, shorter window is one of its own."""
         full, rest = divmod(self.wanted, self.reading.sequence_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,12 +12,87 @@ from megatron_tokenformer.checkpoint.blocks import read_blocks
 from megatron_tokenformer.checkpoint.manifest import WEIGHT, Manifest
 from megatron_tokenformer.checkpoint.portable import PortableModel
 from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS
-from megatron_tokenformer.checkpoint.stored_model import stored_config
-from megatron_tokenformer.config.schema import Model, Precision, resolve_precision
+from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
+from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
+from megatron_tokenformer.config.schema import Model, Precision, RunConfig, resolve_precision
+from megatron_tokenformer.data.provenance import TokenizerRecord, named
+from megatron_tokenformer.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import LanguageModel
 from megatron_tokenformer.model.tau import constant_tau, set_taus, taus_from_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that was found to be in order."""
+
+    path: Path
+    manifest: Manifest
+    config: RunConfig
+
+
+def open_checkpoint(load: str | Path, verify: bool = False) -> Stored:
+    """What `--load` means: one checkpoint, or the newest good one of a folder of them, or of a run's.
+
+    Args:
+        verify: read the whole checkpoint first, and compare its hashes.
+
+    Raises:
+        UserError: no checkpoint there, or a damaged one.
+    """
+    path, manifest = first_good(find_checkpoints(load), lambda found: check_stored(found, verify))
+    return Stored(path, manifest, stored_config(path, manifest))
+
+
+def checkpoint_tokenizer(stored: Stored, model: str | None = None) -> Tokenizer:
+    """The tokenizer that a checkpoint's ids are of.
+
+    Args:
+        model: the tokenizer's file, where it is no longer where the checkpoint says.
+
+    Raises:
+        UserError: see `open_tokenizer`.
+    """
+    try:
+        return open_tokenizer(stored.config, stored.manifest.tokenizer, model)
+    except UserError as error:
+        raise UserError(f"checkpoint {stored.path}: {error}", error.exit_code) from None
+
+
+def open_tokenizer(
+    config: RunConfig, made_with: TokenizerRecord | None, model: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a run: its config's, or what the description of its data tells.
+
+    Args:
+        made_with: what made the data; None if unknown.
+        model: the tokenizer's file, where it is no longer where it was.
+
+    Raises:
+        UserError: nothing tells it, its file is not there or another one, or it has more ids than the model.
+    """
+    told = config.data.tokenizer or made_with
+    if told is None:
+        raise UserError(
+            "nothing tells the tokenizer: the config has no data.tokenizer, and the data had no description; "
+            "train with data.tokenizer.type and data.tokenizer.model"
+        )
+    file = model or told.model
+    try:
+        tokenizer = load_tokenizer(told.type, file, merges=told.merges, pattern=told.pattern)
+    except UserError as error:
+        raise UserError(f"{error}; --tokenizer-model FILE tells where it is now", error.exit_code) from None
+    if made_with is not None and tokenizer.fingerprint != made_with.fingerprint:
+        name = named(file or told.type, tokenizer.fingerprint)
+        raise UserError(f"it was trained on data made with {made_with}, not with {name}")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{file or told.type} has {tokenizer.vocab_size} token ids, but model.vocab_size is "
+            f"{config.model.vocab_size}"
+        )
+    return tokenizer
 
 
 def one_device() -> torch.device:

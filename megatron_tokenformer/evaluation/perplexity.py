@@ -14,13 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.manifest import Manifest
-from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
-from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
-from megatron_tokenformer.config.schema import Precision, RunConfig
+from megatron_tokenformer.config.schema import Precision
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.datasets import Batch, Dataset, Reading, open_dataset
-from megatron_tokenformer.evaluation.load import load_model, one_device
+from megatron_tokenformer.evaluation.load import Stored, load_model, one_device, open_checkpoint
 from megatron_tokenformer.model.language_model import LanguageModel
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed and megatron-core, which one process does without
@@ -41,6 +38,8 @@ class Score:
     """that were predicted and count"""
     bytes: float | None
     """of the text that these tokens stand for; None if no description tells"""
+    component: str | None = None
+    """whose documents these are, where a description tells"""
 
     @property
     def val_loss(self) -> float:
@@ -66,9 +65,7 @@ class Score:
 class Evaluation:
     """A checkpoint and the datasets to evaluate it on, opened and found to belong together."""
 
-    path: Path
-    manifest: Manifest
-    config: RunConfig
+    stored: Stored
     reading: Reading
     datasets: list[Dataset]
 
@@ -86,12 +83,10 @@ def open_evaluation(
     Raises:
         UserError: no checkpoint there, a damaged one, or a dataset that does not fit it.
     """
-    path, manifest = first_good(find_checkpoints(load), lambda found: check_stored(found, verify))
-    config = stored_config(path, manifest)
-    how = Reading.like(config, **reading)
-    vocab_size = config.model.vocab_size
-    datasets = [open_dataset(prefix, how, vocab_size, path, manifest.tokenizer) for prefix in prefixes]
-    return Evaluation(path, manifest, config, how, datasets)
+    stored = open_checkpoint(load, verify)
+    how = Reading.like(stored.config, **reading)
+    about = how, stored.config.model.vocab_size, stored.path, stored.manifest.tokenizer
+    return Evaluation(stored, how, [open_dataset(prefix, *about) for prefix in prefixes])
 
 
 @torch.inference_mode()
@@ -107,7 +102,7 @@ def evaluate(opened: Evaluation, precision: Precision = "auto", layout: Layout |
     """
     rank, size = (layout.data_rank, layout.data_size) if layout else (0, 1)
     device = layout.device if layout else one_device()
-    model = load_model(opened.path, opened.manifest, precision, device)
+    model = load_model(opened.stored.path, opened.stored.manifest, precision, device)
     sums = torch.zeros(len(opened.datasets), 2, dtype=torch.float64, device=device)
     batches = sum(len(range(rank, data.batch_count, size)) for data in opened.datasets)
     with tqdm(total=batches, unit="batch", desc="evaluate", disable=None if rank == 0 else True) as bar:
@@ -154,4 +149,4 @@ def _score(data: Dataset, nats: float, tokens: float) -> Score:
         )
     # In proportion: a part of a dataset stands for that part of its text.
     size = None if data.text_bytes is None else data.text_bytes * tokens / data.targets
-    return Score(prefix, nats, int(tokens), size)
+    return Score(prefix, nats, int(tokens), size, data.component)

@@ -10,6 +10,7 @@ a layer changes from the one to the other and back:
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from megatron_tokenformer.config.schema import Model
 from megatron_tokenformer.model.pattention import Pattention, partials
 from megatron_tokenformer.parallel.collectives import TensorParallel, gather_from_ranks, scatter_sum
+
+if TYPE_CHECKING:
+    from megatron_tokenformer.model.cache import Past
 
 
 class Attention(nn.Module):
@@ -35,30 +39,40 @@ class Attention(nn.Module):
         self.query, self.key, self.value = (projection(tokens.qkv) for _ in range(3))
         self.output = projection(tokens.output)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, past: Past | None = None) -> Tensor:
         """Attend to earlier positions: all of them, or with `positions` [b, s] those of the same document."""
         parts = partials(x, (self.query, self.key, self.value))  # one sum of totals for the three
         if self.ranks.size > 1:  # and one scatter onto this rank's heads
             parts = scatter_sum(torch.stack(parts, dim=2), self.ranks, dim=-1).unbind(2)  # [s, b, 3, d/p]
-        context = attend(*parts, self.head_size, self.rotary_size, positions)
+        context = attend(*parts, self.head_size, self.rotary_size, positions, past)
         return self.output.partial(gather_from_ranks(context, self.ranks, dim=-1))
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, head_size: int, rotary_size: int, positions: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_size: int,
+    rotary_size: int,
+    positions: Tensor | None,
+    past: Past | None = None,
 ) -> Tensor:
     """Causal attention of this rank's heads: q, k, v, [s, b, d/p] each, to [s, b, d/p].
 
     Args:
         rotary_size: channels of a head that are rotated.
         positions: [b, s], where documents do not see each other; see `rotate` and `same_document`.
+        past: what was read before, to attend to as well, and which then holds these too.
     """
     query, key, value = (
         part.unflatten(-1, (-1, head_size)).permute(1, 2, 0, 3) for part in (query, key, value)
     )
-    query, key = (rotate(heads, rotary_size, positions) for heads in (query, key))
-    mask = None if positions is None else document_mask(positions, query.dtype)
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    if past is None:
+        query, key = (rotate(heads, rotary_size, positions) for heads in (query, key))
+        mask = None if positions is None else document_mask(positions, query.dtype)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    else:
+        context = past.attend(query, key, value, rotary_size)
     return context.permute(2, 0, 1, 3).flatten(start_dim=2)  # [b, h/p, s, c] -> [s, b, d/p]
 
 
@@ -94,16 +108,23 @@ def same_document(positions: Tensor) -> Tensor:
     return ((first <= places) & (places <= places.unsqueeze(-1))).unsqueeze(1)
 
 
-def rotate(x: Tensor, size: int, positions: Tensor | None = None, base: float = 10_000.0) -> Tensor:
+def rotate(
+    x: Tensor,
+    size: int,
+    positions: Tensor | None = None,
+    base: float = 10_000.0,
+    length: int | None = None,
+) -> Tensor:
     """Rotary embedding of the first `size` channels of x, [b, h, s, c] (arXiv 2104.09864; in halves).
 
     Args:
         positions: [b, s], what to rotate by; by default 0, 1, 2, ...
+        length: positions are below it; by default below s.
     """
     if size == 0:
         return x
     tables = _rotary_tables if torch.compiler.is_compiling() else _kept_tables  # a graph keeps its own
-    cos, sin = tables(x.shape[-2], size, base, x.device)
+    cos, sin = tables(length or x.shape[-2], size, base, x.device)
     if positions is not None:
         cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     turned, kept = x[..., :size].float(), x[..., size:]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
 from megatron_tokenformer.config.schema import Model
+from megatron_tokenformer.model.cache import Cache
 from megatron_tokenformer.model.ends import Embedding, FinalNorm
 from megatron_tokenformer.model.initialization import normal_rows
 from megatron_tokenformer.model.tokenformer import TokenformerLayer
@@ -44,11 +46,15 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         return self.embedding.logits(self.hidden(tokens, positions))
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """What the head takes, [s, b, d] (under sequence parallelism this rank's positions of it)."""
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the head takes, [s, b, d] (under sequence parallelism this rank's positions of it).
+
+        With a `cache` the tokens are those that come after what it has read.
+        """
+        pasts = cache.read(tokens.shape[1]) if cache is not None else repeat(None)
         x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, positions)
+        for layer, past in zip(self.layers, pasts):
+            x = layer(x, positions, past)
         return self.final_norm(x)
 
 

@@ -6,6 +6,8 @@ Positions, where they are given, are those of the whole sequence on every rank: 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ from megatron_tokenformer.model.attention import Attention
 from megatron_tokenformer.model.ends import enter_split, leave_split
 from megatron_tokenformer.model.pattention import Pattention
 from megatron_tokenformer.parallel.collectives import TensorParallel
+
+if TYPE_CHECKING:
+    from megatron_tokenformer.model.cache import Past
 
 
 class TokenformerLayer(nn.Module):
@@ -29,8 +34,9 @@ class TokenformerLayer(nn.Module):
         d, tokens = model.hidden_size, model.tokens
         self.ffn = Pattention(d, d, tokens.ffn, model.score_norm, ranks, recompute_scores)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        x = x + leave_split(self.attention(enter_split(self._norm(x), self.ranks), positions), self.ranks)
+    def forward(self, x: Tensor, positions: Tensor | None = None, past: Past | None = None) -> Tensor:
+        attended = self.attention(enter_split(self._norm(x), self.ranks), positions, past)
+        x = x + leave_split(attended, self.ranks)
         return x + leave_split(self.ffn.partial(enter_split(self._norm(x), self.ranks)), self.ranks)
 
     def _norm(self, x: Tensor) -> Tensor:

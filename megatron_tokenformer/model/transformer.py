@@ -11,6 +11,8 @@ Query, key and value are three parameters, so that a rank's rows of each are who
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from megatron_tokenformer.config.schema import Model
 from megatron_tokenformer.model.attention import attend
 from megatron_tokenformer.model.ends import LayerNorm, enter_split, leave_split
 from megatron_tokenformer.parallel.collectives import TensorParallel
+
+if TYPE_CHECKING:
+    from megatron_tokenformer.model.cache import Past
 
 
 class TransformerLayer(nn.Module):
@@ -33,8 +38,8 @@ class TransformerLayer(nn.Module):
         self.mlp_norm = LayerNorm(model, ranks)
         self.mlp = Mlp(model, ranks)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        attended = self.attention(enter_split(self.attention_norm(x), self.ranks), positions)
+    def forward(self, x: Tensor, positions: Tensor | None = None, past: Past | None = None) -> Tensor:
+        attended = self.attention(enter_split(self.attention_norm(x), self.ranks), positions, past)
         x = x + leave_split(attended, self.ranks)
         return x + leave_split(self.mlp(enter_split(self.mlp_norm(x), self.ranks)), self.ranks)
 
@@ -48,11 +53,12 @@ class DenseAttention(nn.Module):
         d, local = model.hidden_size, len(ranks.rows(model.hidden_size))
         self.query, self.key, self.value, self.output = (Weight(local, d) for _ in range(4))
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, past: Past | None = None) -> Tensor:
         """Attend to earlier positions: all of them, or with `positions` [b, s] those of the same document."""
         joined = torch.cat([part.weight for part in (self.query, self.key, self.value)])
         query, key, value = F.linear(x, joined).chunk(3, dim=-1)  # one product reads x once
-        return attend(query, key, value, self.head_size, self.rotary_size, positions) @ self.output.weight
+        context = attend(query, key, value, self.head_size, self.rotary_size, positions, past)
+        return context @ self.output.weight
 
 
 class Mlp(nn.Module):

@@ -26,6 +26,7 @@ from megatron_tokenformer.training.schedule import learning_rate
 from megatron_tokenformer.training.setbacks import settle
 from megatron_tokenformer.training.signals import Requests, ignore_requests
 from megatron_tokenformer.training.stragglers import tell_stragglers
+from megatron_tokenformer.training.task_scores import score_tasks
 from megatron_tokenformer.training.throughput import throughput
 
 
@@ -96,6 +97,9 @@ def train_steps(run: Run, after_step: Callable[[], bool] = lambda: False) -> str
             clock.restart(progress.step)
         if leave:
             return leave
+        if due_tasks(run):
+            score_tasks(run)
+            clock.restart(progress.step)
     return None
 
 
@@ -127,6 +131,12 @@ def train_step(run: Run, batches: Iterator[Batch]) -> torch.Tensor:
 def due(interval: int, step: int, steps: int) -> bool:
     """Whether something done every `interval` steps (0: never) and at the end is due after `step`."""
     return step == steps or (interval > 0 and step % interval == 0)
+
+
+def due_tasks(run: Run) -> bool:
+    """Whether the tasks are to be run on the checkpoint of this step."""
+    tasks, step = run.config.evaluation, run.progress.step
+    return bool(tasks.tasks) and due(tasks.interval, step, run.config.training.steps)
 
 
 def evaluate(run: Run) -> None:

@@ -88,6 +88,12 @@ class MetricsLog:
         )
         self._write(row)
 
+    def scores(self, row: dict[str, Any]) -> None:
+        """Figures of tasks, by `task/metric`."""
+        told = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if "/" in name)
+        self.say(f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  {told}")
+        self._write(row)
+
     def event(self, row: dict[str, Any], told: str) -> None:
         """Something besides the numbers of a step: `row` has a `step` and the name of the `event`."""
         self.say(told)

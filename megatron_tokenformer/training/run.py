@@ -34,6 +34,7 @@ from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.run_lock import only_run
 from megatron_tokenformer.training.signals import Requests, requests_to_leave
 from megatron_tokenformer.training.sinks import check_packages
+from megatron_tokenformer.training.task_scores import check_tasks
 from megatron_tokenformer.training.watchdog import Watchdog
 
 
@@ -96,6 +97,7 @@ def open_run(config: RunConfig, layout: Layout, requests: Requests | None = None
         from_main_rank(lambda: store.clear_leftovers(checkpoint_folder(config)))
         # It hands its manifest on: of thousands of shards, for every rank to read it again takes long.
         restored = from_main_rank(lambda: find_restore_point(config, tokenizer))
+        from_main_rank(lambda: check_tasks(config, tokenizer))
         progress = _progress(config, restored, training_data)
         progress.tokenizer = tokenizer or progress.tokenizer
         slowed = slowed_rows(config.optimizer, restored[1] if restored else None)

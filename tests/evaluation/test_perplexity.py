@@ -223,6 +223,25 @@ def test_without_a_description_there_are_no_bits_per_byte_and_a_note_says_so(
     assert [row["bits_per_byte"] is None for row in told["datasets"]] == [True, False]
 
 
+def test_components_that_descriptions_tell_have_a_column_and_a_pattern_names_them(
+    trained: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"arxiv": "ArXiv", "github": "Github", "rest": None}
+    prefixes = []
+    for name, component in parts.items():
+        more = {"component": component} if component else {}
+        prefixes.append(describe(write_tokens(tmp_path, f"val_{name}", tokens=101), text_bytes=9, **more))
+    words = ["--load", trained.run_dir, "--data", str(tmp_path / "val_*_text_document"), "--json"]
+    assert main(words) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    told = json.loads(last)["datasets"]
+    assert [(row["data"], row["component"]) for row in told] == list(zip(prefixes, parts.values()))
+    header, *rows, total_row = lines[-5:]
+    assert header.split()[:2] == ["dataset", "component"]
+    assert [row.split()[1] for row in (*rows, total_row)] == ["ArXiv", "Github", "-", "-"]
+    assert main(["--load", trained.run_dir, "--data", str(tmp_path / "none_*")]) == 2
+
+
 def evaluate_here(layout: Layout, run_dir: str, prefixes: list[str]) -> list[tuple[float, int]]:
     """On this rank, for `run_ranks`."""
     scores = evaluate(open_evaluation(run_dir, prefixes, micro_batch_size=3), layout=layout)

@@ -1,0 +1,147 @@
+"""What a checkpoint can do without being shown: tasks of lm-evaluation-harness, and the paper's columns.
+
+The paper (arXiv 2410.23168, table 1) calls all its columns but perplexity `acc`.  Its rows of Pythia-410M and
+larger are those of the Mamba paper (arXiv 2312.00752, table 3), whose appendix E.2 says that HellaSwag and
+ARC-C are accuracies normalised by length, and the others are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_tokenformer.config.schema import Precision
+from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.evaluation.load import Stored, load_model, one_device
+from megatron_tokenformer.evaluation.scoring import Scorer
+from megatron_tokenformer.evaluation.sharing import Crew
+
+if TYPE_CHECKING:  # importing it takes DeepSpeed and megatron-core, which one process does without
+    from megatron_tokenformer.data.tokenizers import Tokenizer
+    from megatron_tokenformer.parallel.layout import Layout
+
+COLUMNS = {
+    "LAMBADA ppl": "lambada_openai/perplexity",
+    "LAMBADA acc": "lambada_openai/acc",
+    "HellaSwag": "hellaswag/acc_norm",
+    "PIQA": "piqa/acc",
+    "ARC-E": "arc_easy/acc",
+    "ARC-C": "arc_challenge/acc_norm",
+    "WinoGrande": "winogrande/acc",
+}
+"""the paper's, and where their figures are"""
+AVERAGED = tuple(COLUMNS)[1:]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Tasks, and how they are to be run."""
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    """a folder of more tasks"""
+    num_fewshot: int | None = None
+    limit: int | None = None
+    """documents of each task; None: all"""
+    sequence_length: int | None = None
+    """tokens of context; None: as in training"""
+    rows: int | None = None
+    """of a batch; None: as many as fit"""
+    bootstrap: int = 0
+    """draws for the standard error of metrics that have no formula for it; 0: no errors at all"""
+
+    def __post_init__(self) -> None:
+        need_harness()
+        for name in ("limit", "sequence_length", "rows", "num_fewshot"):
+            value, least = getattr(self, name), 0 if name == "num_fewshot" else 1
+            if value is not None and value < least:
+                option = {"rows": "batch-size"}.get(name, name.replace("_", "-"))
+                raise UserError(f"--{option} {value} is too small; it must be at least {least}")
+
+
+def need_harness() -> None:
+    """Refuse to go on without lm-evaluation-harness.
+
+    Raises:
+        UserError: it is not installed; says how to.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError(
+            "tasks need lm-evaluation-harness, which is not installed: "
+            "pip install 'megatron-tokenformer[eval]'"
+        )
+
+
+def evaluate_tasks(
+    stored: Stored,
+    tokenizer: Tokenizer,
+    exam: Exam,
+    precision: Precision = "auto",
+    layout: Layout | None = None,
+    deadline: float | None = None,
+    convert: Callable[[Exception], UserError] | None = None,
+) -> dict[str, Any] | None:
+    """The harness's results, on the main rank; None on the others.
+
+    Args:
+        layout: of the processes that share the work out, each with the whole model; None: one alone.
+        deadline: of time.monotonic(), at which to give up.
+        convert: makes words of whatever goes wrong; by default a bug stays a bug.
+
+    Raises:
+        UserError: tasks that are not there or do not suit the model, a damaged checkpoint, too little memory.
+    """
+    rank, size = (layout.rank, layout.processes.world_size) if layout else (0, 1)
+    device = layout.device if layout else one_device()
+    scorers: list[Scorer] = []
+
+    def load() -> None:
+        try:
+            model = load_model(stored.path, stored.manifest, precision, device)
+        except torch.OutOfMemoryError:
+            raise UserError("the whole model does not fit into the device's memory", exit_code=1) from None
+        scorers.append(Scorer(model, tokenizer, exam.rows, deadline, shows=rank == 0))
+
+    if size == 1:
+        load()
+    else:
+        from megatron_tokenformer.parallel.layout import on_all_ranks
+
+        on_all_ranks(load)
+    crew = Crew(scorers[0], rank, size, convert)
+    return crew.lead(lambda: _sit(crew, stored, exam))
+
+
+def _sit(crew: Crew, stored: Stored, exam: Exam) -> dict[str, Any]:
+    from megatron_tokenformer.evaluation.harness import HarnessModel, open_tasks, run_tasks
+
+    loaded = open_tasks(exam.tasks, exam.include_path, exam.num_fewshot)
+    model = HarnessModel(crew, exam.sequence_length or stored.config.data.sequence_length)
+    return run_tasks(loaded, model, exam.limit, exam.bootstrap)
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, float]:
+    """All figures of all tasks, by `task/metric`; of other filters than none, by `task/metric/filter`."""
+    found = {}
+    for task, row in results["results"].items():
+        for key, value in row.items():
+            metric, _, part = key.partition(",")
+            if part and isinstance(value, int | float):
+                found[f"{task}/{metric}" + (f"/{part}" if part != "none" else "")] = float(value)
+    return found
+
+
+def paper_columns(found: Mapping[str, float]) -> dict[str, float | None]:
+    """The paper's columns; None where a task was not run; accuracies in percent."""
+    row: dict[str, float | None] = {}
+    for column, key in COLUMNS.items():
+        value = found.get(key)
+        row[column] = value if value is None or column not in AVERAGED else 100.0 * value
+    known = [value for column in AVERAGED if (value := row[column]) is not None]
+    row["average"] = math.fsum(known) / len(known) if len(known) == len(AVERAGED) else None
+    return row
