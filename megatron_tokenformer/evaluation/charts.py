@@ -32,6 +32,8 @@ MOST_POINTS = 4_000
 """of a line; more are not seen on any paper or screen"""
 LONG = 1_000
 """points of a curve whose first fiftieth may be left out of the picture"""
+RESIZINGS = ("growth", "net2net", "shrink")
+"""events that make another model of the one before"""
 SETBACKS = {
     "skipped": ("step skipped", "#555555"),
     "spike": ("spike", "#e69f00"),
@@ -223,7 +225,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.n
 
 def _growths(curve: Curve, x: Axis) -> Iterator[Mark]:
     for index, stage in enumerate(curve.stages):
-        told = [event for event in stage.events if event["event"] in ("growth", "shrink")]
+        told = [event for event in stage.events if event["event"] in RESIZINGS]
         if index or told:
             place = (
                 stage.first(x) + curve.before(index, x)
@@ -235,7 +237,7 @@ def _growths(curve: Curve, x: Axis) -> Iterator[Mark]:
 
 
 def _growth_text(before: Stage | None, after: Stage) -> str:
-    told = next((event for event in after.events if event["event"] in ("growth", "shrink")), {})
+    told = next((event for event in after.events if event["event"] in RESIZINGS), {})
     old = told.get("parameters_before") or (before.parameters if before else None)
     new = told.get("parameters_after") or after.parameters
     text = f"{in_short(old)} → {in_short(new)}" if old and new else "growth"

@@ -29,6 +29,9 @@ from megatron_tokenformer.training.stragglers import tell_stragglers
 from megatron_tokenformer.training.task_scores import score_tasks
 from megatron_tokenformer.training.throughput import throughput
 
+RESIZED = {"growth": "grown", "net2net": "grown", "shrink": "shrunk", "import": "imported"}
+"""what a kind of entry in a checkpoint's history means, in a word"""
+
 
 def train(
     config: RunConfig, layout: Layout, profile_steps: int = 0, requests: Requests | None = None
@@ -162,7 +165,7 @@ def evaluate(run: Run) -> None:
 
 
 def tell_resizing(run: Run) -> None:
-    """At the start of a run that was grown (or shrunk): from what to what, and the loss before and after.
+    """At the start of a run from a grown, shrunk or imported model: what changed, the loss before and after.
 
     The losses are comparable where both were measured on the same validation data.
     """
@@ -171,12 +174,11 @@ def tell_resizing(run: Run) -> None:
         return
     last = progress.history[-1]
     kind = last.get("kind", "growth")
-    known = ("tokens_before", "tokens_after", "parameters_before", "parameters_after")
-    row = {"step": 0, "event": kind, **{key: last[key] for key in known if key in last}}
+    changed = {key: value for key, value in last.items() if key.endswith(("_before", "_after"))}
     # How far the run was that it comes from.
-    row |= {"from_step": last.get("step"), "tokens": progress.tokens, "flops": progress.flops}
-    row |= {"val_loss_before": last.get("val_loss"), "val_loss_after": None}
-    told = "shrunk" if kind == "shrink" else "grown"
+    row = {"step": 0, "event": kind, **changed, "from_step": last.get("step"), "tokens": progress.tokens}
+    row |= {"flops": progress.flops, "val_loss_before": last.get("val_loss"), "val_loss_after": None}
+    told = RESIZED[kind]
     if "parameters_before" in row:
         told += f" from {row['parameters_before']:,} to {row['parameters_after']:,} parameters"
     if last.get("val_loss") is not None and run.validation_data is not None and progress.val_loss is not None:
