@@ -83,6 +83,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="K",
         help="how many layouts of N GPUs to show (default: 3; with --schedule 1)",
     )
+    add_hardware_options(parser)
+    add("--json", action="store_true", help="print all figures as one JSON object in the last line")
+    return parser.parse_args(argv)
+
+
+def add_hardware_options(parser: argparse.ArgumentParser) -> None:
+    """The GPUs, and what lies between them."""
+    add = parser.add_argument
     add(
         "--gpu",
         default="NVIDIA H100 80GB HBM3",
@@ -120,8 +128,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="US",
         help="microseconds that launching a kernel takes; not measured (default: %(default)s)",
     )
-    add("--json", action="store_true", help="print all figures as one JSON object in the last line")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -89,6 +89,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--save", required=True, type=Path, help="folder for the new checkpoint")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     add("--shrink", action="store_true", help="take the tokens of least |K| |V| away instead; keeps tau")
+    add_rule_options(parser)
+    add("--link", action="store_true", help="hard-link the old shards instead of copying, where possible")
+    add(
+        "--no-verify", action="store_true", help="with --link: do not read the old shards to check their hash"
+    )
+    add("--dry-run", action="store_true", help="print sizes, and write nothing")
+    add(
+        "--data",
+        action="append",
+        metavar="PREFIX",
+        help="a dataset to measure the loss on, before and after, in fp32; each takes a --data of its own",
+    )
+    add("--max-tokens", type=int, metavar="N", help="with --data: only the first N tokens of each")
+    add("--json", action="store_true", help="print all figures as one JSON object in the last line")
+    given = parser.parse_intermixed_args(argv)  # overrides may stand anywhere
+    refuse_contradictions(given)
+    return given
+
+
+def add_rule_options(parser: argparse.ArgumentParser) -> None:
+    """How the new tokens start, and what becomes of the old ones."""
+    add = parser.add_argument
     add("--keys", choices=["zero", "normal"], help="new keys; zero is exact (default)")
     add("--values", choices=["normal", "zero"], help="new values (default: normal)")
     add(
@@ -125,22 +147,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="grow although the function changes: of a softmax model, or to a width that is no multiple",
     )
-    add("--link", action="store_true", help="hard-link the old shards instead of copying, where possible")
-    add(
-        "--no-verify", action="store_true", help="with --link: do not read the old shards to check their hash"
-    )
-    add("--dry-run", action="store_true", help="print sizes, and write nothing")
-    add(
-        "--data",
-        action="append",
-        metavar="PREFIX",
-        help="a dataset to measure the loss on, before and after, in fp32; each takes a --data of its own",
-    )
-    add("--max-tokens", type=int, metavar="N", help="with --data: only the first N tokens of each")
-    add("--json", action="store_true", help="print all figures as one JSON object in the last line")
-    given = parser.parse_intermixed_args(argv)  # overrides may stand anywhere
-    refuse_contradictions(given)
-    return given
 
 
 def refuse_contradictions(given: argparse.Namespace) -> None:
