@@ -58,7 +58,7 @@ def score_tasks(run: Run) -> None:
         try:
             results = _evaluate(run, run.folder / step_name(step), deadline)
         except UserError as error:
-            told = f"the tasks were not evaluated at step {step}: {error}; training goes on"
+            told = f"warning: the tasks were not evaluated at step {step}: {error}; training goes on"
             run.log.event({"step": step, "event": "tasks not evaluated", "why": str(error)}, told)
             return
         finally:

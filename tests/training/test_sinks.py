@@ -201,8 +201,11 @@ def test_a_wandb_service_that_dies_is_started_again_and_told_once(
     assert len(files) == 2, "one of each service"
     lines = [line for line in capsys.readouterr().out.splitlines() if "W&B" in line]
     assert lines[0].startswith("warning: W&B fails (") and lines[1:] == ["W&B is written again"]
-    steps = {row["step"] for path in files for row in history_of(path)}
-    assert set(range(2, 200)) <= steps, "all but what the service had in hand when it died"
+    lost = sorted(set(range(200)) - {row["step"] for path in files for row in history_of(path)})
+    assert not lost or lost == list(range(lost[0], lost[-1] + 1)), (
+        "only what the service had in hand when it died"
+    )
+    assert len(lost) < 100, "and not what came after"
     assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 200
 
 
