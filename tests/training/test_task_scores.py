@@ -11,10 +11,10 @@ import pytest
 from megatron_tokenformer.commands.evaluate import main
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training import task_scores
 from megatron_tokenformer.training.loop import train
-from megatron_tokenformer.training.metrics import read_rows
 from tests.evaluation.models import train_on_text
 from tests.evaluation.tasks import write_tasks
 from tests.ranks import run_ranks
