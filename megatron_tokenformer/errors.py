@@ -20,6 +20,15 @@ ECHO_S = 2.0
 comes again within this time is the same request"""
 
 
+def is_second(first: tuple[int, float], now: tuple[int, float]) -> bool:
+    """Whether a signal asks a second time, which means at once; both as (number, monotonic seconds).
+
+    Another signal than the first is none: schedulers announce the end by one and begin it with another, and
+    what is being saved then may be saved.
+    """
+    return now[0] == first[0] and now[1] - first[1] > ECHO_S
+
+
 class UserError(Exception):
     """A mistake of the user's, told in words without a traceback.
 

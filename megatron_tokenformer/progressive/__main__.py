@@ -7,10 +7,19 @@ was asked to leave (by SIGTERM, SIGUSR1 or a stage's training.max_minutes), all 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
+import signal
 
 from megatron_tokenformer.errors import UserError, run_cli
-from megatron_tokenformer.progressive.chain import job_files, requeued_if_left, submission, submit
+from megatron_tokenformer.progressive.chain import (
+    job_files,
+    requeued_if_asked_to_leave,
+    submission,
+    submit,
+    this_job,
+)
+from megatron_tokenformer.progressive.execute import Asked
 from megatron_tokenformer.progressive.journal import read_journal
 from megatron_tokenformer.progressive.launchers import LAUNCHERS, grow_command
 from megatron_tokenformer.progressive.lock import exclusive
@@ -53,9 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     if given.dry_run:
         print(dry_run(plan, read_journal(plan.folder), launcher, grow_command))
         return 0
-    with exclusive(plan.folder) as lock, requeued_if_left(given.requeue):
-        run_stages(Machine(plan, launcher, grow_command, read_journal(plan.folder), lock, given.stage))
-        _report(plan)
+    requeued = requeued_if_asked_to_leave(this_job()) if given.requeue else contextlib.nullcontext()
+    asked = Asked()
+    with asked.listening(signal.SIGUSR1), exclusive(plan.folder) as lock, requeued:
+        journal = read_journal(plan.folder)
+        run_stages(Machine(plan, launcher, grow_command, journal, lock, asked, given.stage))
+        try:
+            _report(plan)
+        except Exception as error:  # the stages are done, and the jobs that wait for this one may begin
+            print(f"warning: no report: {type(error).__name__}: {error}")
     return 0
 
 

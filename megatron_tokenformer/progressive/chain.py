@@ -20,10 +20,11 @@ from pathlib import Path
 from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
-from megatron_tokenformer.progressive.stages import Left, pending
+from megatron_tokenformer.progressive.stages import AskedToLeave, pending
 
 NOTICE_S = 180
 """before its time is up, so long a job is told"""
+SCONTROL_S = 120
 
 
 def submit(plan: Plan, journal: Journal, schedule: str, overrides: Sequence[str]) -> list[str]:
@@ -66,34 +67,53 @@ def submission(job_file: Path, before: str | None) -> list[str]:
     return ["sbatch", "--parsable", f"--dependency={after}", str(job_file)]
 
 
+def this_job() -> str:
+    """The SLURM job that this process is.
+
+    Raises:
+        UserError: it is in none.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        raise UserError("--requeue is for a command in a SLURM job, and this is none")
+    return job
+
+
 @contextlib.contextmanager
-def requeued_if_left(wanted: bool) -> Iterator[None]:
+def requeued_if_asked_to_leave(job: str) -> Iterator[None]:
     """If what is inside leaves because it was asked to, the SLURM job around it goes back into the queue.
 
     Here rather than in the job's script, so that this process can be all of the script: SLURM then gives it
     the signals that are for the script, and a growth, which is no step of the job, hears of them too.
 
-    Args:
-        wanted: else nothing is done.
-
     Raises:
-        UserError: this is no SLURM job; or what is inside left, as it says, and SLURM would not take it back.
+        UserError: what is inside left, as it says, and SLURM would not take the job back.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    if wanted and job is None:
-        raise UserError("--requeue is for a command in a SLURM job, and this is none")
     try:
         yield
-    except Left as error:
-        # SIGTERM is SLURM's own end of a job, which it takes back itself if it is not cancelled.
-        if wanted and error.exit_code == TO_BE_CONTINUED and error.number != signal.SIGTERM:
+    except AskedToLeave as asked:
+        # SIGTERM is SLURM's end of the job: it was cancelled, or its time is up, or it is taken back already.
+        # A job that is cancelled would come back if it asked.
+        if asked.exit_code == TO_BE_CONTINUED and signal.SIGTERM not in asked.by:
             # SLURM ends what it takes back; the reason is to be told first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
-            if done.returncode:
-                why = f"{error}; scontrol requeue {job} failed: {done.stderr.strip()}"
+            if refused := _refused_requeue(job):
+                why = f"{asked}; scontrol requeue {job} failed: {refused}"
                 raise UserError(why, TO_BE_CONTINUED) from None
         raise
+
+
+def _refused_requeue(job: str) -> str | None:
+    """Put the job back into the queue; why it cannot be."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=SCONTROL_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {SCONTROL_S} s"
+    except OSError as error:
+        return str(error.strerror)
+    return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else None
 
 
 def job_files(

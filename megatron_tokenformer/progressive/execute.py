@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
+from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.progressive.launchers import Command
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -20,29 +20,46 @@ TICK_SECONDS = 10.0
 GUARD = "megatron_tokenformer.progressive.guard"
 
 
-class Interrupted(Exception):
-    """The command was ended by a signal to this process."""
+class Asked:
+    """The signals that have asked this process to leave, in order; what it executes is asked too.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-        # Ctrl-C ends things as in a shell; a scheduler that asks to leave is told to start the call again.
-        self.exit_code = 128 + number if number == signal.SIGINT else TO_BE_CONTINUED
+    A scheduler's notice may come at any moment, and SIGUSR1 would end a process that does not expect it.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.command: subprocess.Popen[bytes] | None = None
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """A signal has come."""
+        self.numbers.append(number)
+        if self.command is not None:
+            self.command.send_signal(number)
+
+    @contextlib.contextmanager
+    def listening(self, *signals: signal.Signals) -> Iterator[None]:
+        """Note these signals while inside; only the main thread can."""
+        before = {number: signal.signal(number, self.note) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def execute(command: Command, inherited: int, tick: Callable[[float], None]) -> int:
+def execute(command: Command, inherited: int, tick: Callable[[float], None], asked: Asked) -> int:
     """Run a command to its end and return its exit code.
 
     A first SIGINT, SIGTERM or SIGUSR1 to this process asks the command to leave, by the signal that it has
-    for that; a second one kills it.  The command has a session of its own, so that Ctrl-C does not reach it
-    twice.
+    for that; the same once more kills it.  The command has a session of its own, so that Ctrl-C does not
+    reach it twice.
 
     Args:
         inherited: a file descriptor that stays open until all that the command started has ended.
         tick: called with the seconds since the last call, every ten seconds and at the end.
+        asked: notes the signals.
 
     Raises:
-        Interrupted: after the command ended, if a signal came.
         UserError: there is no such command here.
     """
     for path, text in command.files.items():
@@ -51,31 +68,19 @@ def execute(command: Command, inherited: int, tick: Callable[[float], None]) -> 
     if shutil.which(command.argv[0]) is None:
         written = "".join(f"; {path} is written, for you to submit where there is" for path in command.files)
         raise UserError(f"there is no {command.argv[0]} on this host{written}", exit_code=1)
-    guard: subprocess.Popen[bytes] | None = None
-    received: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if guard is not None:
-            guard.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
-    try:
-        guard = subprocess.Popen(
+    with asked.listening(*SIGNALS):
+        asked.command = guard = subprocess.Popen(
             [sys.executable, "-m", GUARD, command.leave_signal.name, str(os.getpid()), *command.argv],
             env={**os.environ, **command.environment},
             start_new_session=True,
             pass_fds=(inherited,),
         )
-        if received:
-            guard.send_signal(received[0])
-        code = _wait(guard, tick)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        raise Interrupted(received[0])
-    return code
+        try:
+            if asked.numbers:  # before there was anything to tell
+                guard.send_signal(asked.numbers[0])
+            return _wait(guard, tick)
+        finally:
+            asked.command = None
 
 
 def _wait(guard: subprocess.Popen[bytes], tick: Callable[[float], None]) -> int:

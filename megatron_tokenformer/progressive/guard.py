@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
-from megatron_tokenformer.errors import ECHO_S
+from megatron_tokenformer.errors import is_second
 
 LINGER_SECONDS = 60.0
 """how long ranks may take to save and end when they are told to"""
@@ -29,21 +29,20 @@ def main(argv: list[str]) -> int:
     """Run a command in a session of its own; return its exit code, 128 + N after signal N.
 
     A first SIGTERM (the kernel sends it when the machine dies), SIGUSR1 or SIGINT asks the command to leave;
-    what its launcher does not pass on to its ranks, `_end_rest` does.  One that comes later than an echo of
-    the first kills it.
+    what its launcher does not pass on to its ranks, `_end_rest` does.  The same once more kills it.
     """
     asks, machine, *command = argv
     leave = signal.Signals[asks]
     child: subprocess.Popen[bytes] | None = None
-    told: list[float] = []
+    told: list[tuple[int, float]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        told.append(time.monotonic())
+        told.append((number, time.monotonic()))
         if child is None:
             return
         if len(told) == 1:
             child.send_signal(leave)
-        elif told[-1] - told[0] > ECHO_S:
+        elif is_second(told[0], told[-1]):
             _signal(_living(), signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.load import dump_config
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
-from megatron_tokenformer.progressive.execute import Interrupted, execute
+from megatron_tokenformer.progressive.execute import SIGNALS, Asked, execute
 from megatron_tokenformer.progressive.journal import Journal, Step
 from megatron_tokenformer.progressive.launchers import Command, Launcher
 from megatron_tokenformer.progressive.plan import Plan, Stage
@@ -26,18 +27,21 @@ from megatron_tokenformer.progressive.reconcile import (
 )
 
 Grower = Callable[[Stage, Path], Command]
+ENDED_BY_A_REQUEST = (0, *(128 + number for number in SIGNALS))
 
 
-class Left(UserError):
-    """All is saved: somebody asked this process, or the run that it started, to leave.
+class AskedToLeave(UserError):
+    """Nothing is lost: somebody asked this process, or the run that it had started, to leave.
 
     Args:
-        number: the signal that this process was asked by; None if it was the run.
+        by: signals that this process was asked by; none if it was the run alone.
     """
 
-    def __init__(self, message: str, exit_code: int = TO_BE_CONTINUED, number: int | None = None) -> None:
-        super().__init__(message, exit_code)
-        self.number = number
+    def __init__(self, message: str, by: Sequence[int] = ()) -> None:
+        # Ctrl-C ends things as in a shell; a scheduler that asks is told to start the call again.
+        code = 128 + signal.SIGINT if signal.SIGINT in by else TO_BE_CONTINUED
+        super().__init__(f"{message}; the same call goes on from there", code)
+        self.by = tuple(by)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Machine:
     journal: Journal
     lock: int
     """descriptor of the folder's lock, kept open by every command"""
+    asked: Asked
+    """what this process was told"""
     only: str | None = None
     """the one stage to bring to its end; None for all"""
 
@@ -72,6 +78,8 @@ def run_stages(machine: Machine) -> None:
             stage.folder.mkdir(parents=True, exist_ok=True)
             replace_durably(stage.run_file, dump_config(stage.config))
     for stage, step in todo:
+        if by := machine.asked.numbers:
+            raise AskedToLeave(f"{_named(by)} before stage '{stage.name}' ({step})", by)
         print(f"== stage {stage.name}: {step} ({stage.layout})", flush=True)
         if step == "grow":
             _grow(machine, stage)
@@ -117,6 +125,10 @@ def _grow(machine: Machine, stage: Stage) -> None:
         checkpoint = find_checkpoint(stage.grown)
     except UserError:
         code = code or 1
+    by = machine.asked.numbers
+    if code and by:
+        machine.journal.end(stage.name, "grow", "interrupted")
+        raise AskedToLeave(f"{_named(by)} in stage '{stage.name}' (grow)", by)
     if code:
         machine.journal.end(stage.name, "grow", "failed")
         raise _failure(stage, "grow", command, f"ended with exit code {code}")
@@ -128,49 +140,59 @@ def _train(machine: Machine, stage: Stage) -> None:
     forget_interruption(stage.folder)
     code = _perform(machine, stage, "train", train_settings(stage), command)
     record = _await_record(stage, command.settle_seconds if code == 0 else 0.0)
-    if record is None and (left := _left(stage, code)):
-        machine.journal.end(stage.name, "train", "interrupted")
-        raise Left(f"stage '{stage.name}' (train) {left}; the same call goes on from there")
-    if record is None:
-        machine.journal.end(stage.name, "train", "failed")
-        why = (
-            f"ended with exit code {code}"
-            if code
-            else "ended early (exit code 0, but the run is not finished)"
-        )
-        raise _failure(stage, "train", command, why)
-    machine.journal.end(stage.name, "train", "done", {**record, "layout": stage.layout})
-
-
-def _left(stage: Stage, code: int) -> str | None:
-    """How a run left that was asked to.  torchrun makes 1 of every exit code: the record tells."""
-    record = interruption_record(stage.folder)
     if record is not None:
-        return f"left at step {record.get('step')} for {record.get('reason')}"
-    return "left as it was asked to" if code == TO_BE_CONTINUED else None
+        machine.journal.end(stage.name, "train", "done", {**record, "layout": stage.layout})
+        return
+    by = machine.asked.numbers
+    if how := _how_it_left(stage, code, by):
+        machine.journal.end(stage.name, "train", "interrupted")
+        raise AskedToLeave(how, by)
+    machine.journal.end(stage.name, "train", "failed")
+    early = "ended early (exit code 0, but the run is not finished)"
+    why = f"ended with exit code {code}" if code else early
+    told = f", asked to leave by {_named(by)}, and did not say that it has saved" if by else ""
+    raise _failure(stage, "train", command, f"{why}{told}")
+
+
+def _how_it_left(stage: Stage, code: int, by: Sequence[int]) -> str | None:
+    """How a run left that was asked to, in words; None if it failed.
+
+    torchrun makes 1 of every exit code: the record tells.  A run that a signal ended before it could take
+    requests had done nothing yet.
+    """
+    where, record = f"stage '{stage.name}' (train)", interruption_record(stage.folder)
+    told = f"{_named(by)} in {where}, which" if by else where
+    if record is not None:
+        return f"{told} left at step {record.get('step')} for {record.get('reason')}"
+    if code == TO_BE_CONTINUED:
+        return f"{told} left as it was asked to"
+    return f"{_named(by)} in {where}" if by and code in ENDED_BY_A_REQUEST else None
+
+
+def _named(numbers: Sequence[int]) -> str:
+    return ", then ".join(dict.fromkeys(signal.Signals(number).name for number in numbers))
 
 
 def _await_record(stage: Stage, patience: float) -> dict[str, Any] | None:
     deadline = time.monotonic() + patience
     while True:
         record = finished_record(stage.folder, stage.config.training.steps)
-        if record is not None or time.monotonic() >= deadline:
+        over = time.monotonic() >= deadline or interruption_record(stage.folder) is not None
+        if record is not None or over:
             return record
         time.sleep(1.0)
 
 
 def _perform(machine: Machine, stage: Stage, step: Step, settings: dict[str, Any], command: Command) -> int:
+    """Execute a step's command, which is noted in the journal, and return its exit code."""
     journal = machine.journal
     journal.begin(stage.name, step, settings)
+
+    def tick(seconds: float) -> None:
+        journal.add_seconds(stage.name, step, seconds)
+
     try:
-        return execute(command, machine.lock, lambda seconds: journal.add_seconds(stage.name, step, seconds))
-    except Interrupted as interruption:
-        journal.end(stage.name, step, "interrupted")
-        raise Left(
-            f"{interruption} in stage '{stage.name}' ({step}); the same call goes on from there",
-            interruption.exit_code,
-            interruption.number,
-        ) from None
+        return execute(command, machine.lock, tick, machine.asked)
     except UserError:
         journal.end(stage.name, step, "failed")
         raise

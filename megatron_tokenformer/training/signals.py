@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from megatron_tokenformer.errors import ECHO_S
+from megatron_tokenformer.errors import is_second
 from megatron_tokenformer.parallel import lifeline
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -48,7 +48,7 @@ class Requests:
             return
         if self._received is None:
             self._received, self._since = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._since > ECHO_S:
+        elif is_second((self._received, self._since), (number, time.monotonic())):
             lifeline.report(f"{signal.Signals(number).name} came a second time")
             os._exit(128 + number)
 

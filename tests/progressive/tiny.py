@@ -2,12 +2,14 @@
 
 `python tiny.py machine SCHEDULE` is the stage machine with these commands.  With KILL set to a list such as
 `train-b:middle`, the command of that name kills the machine outright at that point, once; with FAIL it exits
-with code 3 (or FAIL_CODE), with HANG it sleeps, and with LEAVE=train-b:middle:85 it leaves as if asked to.
-ONLY names one stage to do.
+with code 3 (or FAIL_CODE), with HANG it sleeps, with BREAK it sleeps and fails when it is asked to leave,
+and with LEAVE=train-b:middle:85 it leaves as if asked to.  ONLY names one stage to do; with AWAIT the machine
+waits for a signal before it executes anything, and with REQUEUE it is SLURM's job 77.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,6 +32,8 @@ def machine(schedule: Path) -> None:
 
 
 def run(schedule: Path) -> None:
+    from megatron_tokenformer.progressive.chain import requeued_if_asked_to_leave
+    from megatron_tokenformer.progressive.execute import Asked
     from megatron_tokenformer.progressive.journal import read_journal
     from megatron_tokenformer.progressive.launchers import Command
     from megatron_tokenformer.progressive.lock import exclusive
@@ -40,7 +44,13 @@ def run(schedule: Path) -> None:
         return Command([sys.executable, __file__, *map(str, words)], {"MACHINE": str(os.getpid())})
 
     plan = load_plan(schedule)
-    with exclusive(plan.folder) as lock:
+    asked = Asked()
+    requeued = requeued_if_asked_to_leave("77") if "REQUEUE" in os.environ else contextlib.nullcontext()
+    with asked.listening(signal.SIGUSR1), exclusive(plan.folder) as lock, requeued:
+        if "AWAIT" in os.environ:  # a signal, before anything is executed
+            (plan.folder / "reached-machine-begin").touch()
+            while not asked.numbers:
+                time.sleep(0.01)
         run_stages(
             Machine(
                 plan,
@@ -48,6 +58,7 @@ def run(schedule: Path) -> None:
                 lambda stage, source: command("grow", stage.folder, source),
                 read_journal(plan.folder),
                 lock,
+                asked,
                 os.environ.get("ONLY"),
             )
         )
@@ -107,7 +118,9 @@ def reach(folder: Path, name: str, point: str) -> None:
     if here in os.environ.get("FAIL", "").split():
         mark.touch()
         sys.exit(int(os.environ.get("FAIL_CODE", "3")))
-    if here in os.environ.get("HANG", "").split():
+    if here in os.environ.get("BREAK", "").split():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if here in f"{os.environ.get('HANG', '')} {os.environ.get('BREAK', '')}".split():
         mark.touch()
         time.sleep(30)
 

@@ -86,9 +86,9 @@ def test_the_end_of_its_time_is_a_request_too(tmp_path: Path) -> None:
 
 
 def ask_twice(layout: Layout, config: RunConfig) -> None:
-    from megatron_tokenformer.training import signals
+    from megatron_tokenformer import errors
 
-    signals.ECHO_S = 0.0
+    errors.ECHO_S = 0.0
 
     def signal_twice() -> None:
         for _ in range(2):
@@ -114,15 +114,18 @@ def test_a_second_signal_ends_it_at_once_and_harms_no_checkpoint(tmp_path: Path)
 
 SECOND_SIGNAL = """
 import ctypes, os, signal, time
+from megatron_tokenformer import errors
 from megatron_tokenformer.training import signals
 with signals.requests_to_leave(None) as requests:
     os.kill(os.getpid(), signal.SIGUSR1)
     while not any(requests.pending()): pass
-    os.kill(os.getpid(), signal.SIGTERM)  # a launcher's echo
+    os.kill(os.getpid(), signal.SIGUSR1)  # a launcher's echo
+    time.sleep(0.2)
+    errors.ECHO_S = 0.0
+    os.kill(os.getpid(), signal.SIGTERM)  # what a scheduler ends with when nobody has left
     time.sleep(0.2)
     print(requests.pending(), flush=True)
-    signals.ECHO_S = 0.0
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):  # the second never returns, as a collective that waits for a rank that is gone
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -134,4 +137,4 @@ def test_a_launchers_echo_is_no_second_signal_and_a_second_one_needs_no_main_thr
         [sys.executable, "-c", SECOND_SIGNAL], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == "[False, True, False]\n", done.stderr
-    assert done.returncode == 128 + signal.SIGTERM
+    assert done.returncode == 128 + signal.SIGUSR1
