@@ -29,8 +29,8 @@ usage: {program} COMMAND ...
 commands:
 {commands}
 
-`{program} COMMAND --help` says the rest.  In a checkout the same commands are `python tools/COMMAND.py`, and
-wherever the package can be imported `python -m megatron_tokenformer COMMAND`.
+`{program} COMMAND --help` says the rest.  Wherever the package can be imported the same commands are
+`python -m megatron_tokenformer COMMAND`; in a checkout all but pretrain and progressive are `python tools/COMMAND.py`.
 """
 
 

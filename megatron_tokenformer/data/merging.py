@@ -111,10 +111,13 @@ def _check_fit(first: Pair, other: Pair) -> None:
 
 
 def _check_shards(sidecars: list[dict[str, Any]]) -> None:
-    """Refuse shards of one run that are not in order, and tell if some are missing."""
+    """Refuse shards of several runs, or not in order, and tell if some are missing."""
     shards = [parse_shard(sidecar["shard"]) for sidecar in sidecars if "shard" in sidecar]
     counts = {count for _, count in shards}
-    if len(shards) != len(sidecars) or len(counts) != 1:
+    if len(counts) > 1:
+        told = ", ".join(f"{index}/{count}" for index, count in shards)
+        raise UserError(f"shards {told} are of different runs, and hold some documents twice or not at all")
+    if len(shards) != len(sidecars) or not counts:
         return
     (count,), given = counts, [index for index, _ in shards]
     if given != sorted(set(given)):

@@ -22,8 +22,6 @@ from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
 from megatron_tokenformer.progressive.stages import AskedToLeave, pending
 
-NOTICE_S = 180
-"""before its time is up, so long a job is told"""
 SCONTROL_S = 120
 
 
@@ -144,7 +142,7 @@ def job_script(plan: Plan, stage: Stage, schedule: str, overrides: Sequence[str]
         "partition": wants.partition,
         "account": wants.account,
         "time": wants.time,
-        "signal": f"B:USR1@{NOTICE_S}",
+        "signal": f"B:USR1@{wants.notice_seconds}",
         "chdir": Path.cwd(),
         "output": stage.folder / "job-%j.log",
         "open-mode": "append",

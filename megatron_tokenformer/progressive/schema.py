@@ -23,6 +23,8 @@ class Slurm(Section):
     """whom the time is charged to; by default SLURM's choice"""
     time: str | None = None
     """limit of one job, as sbatch reads it ("1-12:00:00"); a job that reaches it ends the call"""
+    notice_seconds: PositiveInt = 180
+    """so long before its time is up a job is told, to save and go back into the queue"""
     gpus_per_node: int | None = Field(None, ge=0)
     """by default one for each process; 0 asks for none"""
     cpus_per_task: PositiveInt | None = None

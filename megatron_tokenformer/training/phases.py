@@ -32,7 +32,7 @@ INSTRUCTIONS = {
     "optimizer": (schedule.OptimizerStep,),
 }
 """which instructions are of which phase; a stage waits for another in `pipeline`, and the gathering of new
-weights is in `optimizer`"""
+weights is in `optimizer`, the look at a rank's own gradients in `reduction`"""
 
 
 class StepClock:

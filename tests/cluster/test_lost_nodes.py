@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import random
 import time
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.hosts import Hosts
-from tests.faults.schedule import SCHEDULE, overrides, results, steps_done
+from tests.faults.schedule import SCHEDULE, has_stepped, logged_bytes, overrides, results
 from tests.toy import write_tokens
 
+HOW = ("cable", "processes")
 LOSSES = int(os.environ.get("NODE_LOSSES", "4"))
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 MINUTE = 60.0
@@ -50,9 +52,11 @@ class Schedule:
         Returns:
             Whether it was lost before the call was done.
         """
-        before = steps_done(self.folder)
+        before = logged_bytes(self.folder)
         machine = self.hosts.start("login", *self._words, log=self.log, **self._variables)
-        while machine.poll() is None and steps_done(self.folder) == before:
+        deadline = time.monotonic() + 5 * MINUTE
+        while machine.poll() is None and not has_stepped(self.folder, before):
+            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
             time.sleep(0.05)
         time.sleep(delay)
         if machine.poll() is not None:
@@ -80,9 +84,9 @@ def test_a_schedule_whose_hosts_are_lost_ends_with_the_same_numbers(
     undisturbed, disturbed = (Schedule(hosts, tmp_path / name, prefix) for name in ("straight", "lost"))
     undisturbed.to_its_end()
     drawn = random.Random(SEED)
-    lost = [how for how in ("cable", "processes") * (LOSSES // 2) if disturbed.lose(how, drawn.uniform(0, 4))]
+    lost = [how for how in islice(cycle(HOW), LOSSES) if disturbed.lose(how, drawn.uniform(0, 4))]
     disturbed.to_its_end()
     with capsys.disabled():
         print(f"n2 was lost {len(lost)} times: {', '.join(lost)}")
-    assert {*lost} == {"cable", "processes"}
+    assert {*lost} == {*HOW}
     assert results(disturbed.folder) == results(undisturbed.folder)

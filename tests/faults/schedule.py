@@ -31,8 +31,13 @@ def overrides(folder: Path, prefix: str, **changes: Any) -> list[str]:
     return [f"{key}={value}" for key, value in sizes.items()]
 
 
-def steps_done(folder: Path) -> dict[str, int]:
-    """Bytes of what each stage has logged: they grow with every step."""
+def has_stepped(folder: Path, before: dict[str, int]) -> bool:
+    """Whether some stage has logged more than it had; a run that goes on from a checkpoint first drops rows."""
+    return any(size > before[stage] for stage, size in logged_bytes(folder).items())
+
+
+def logged_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of what each stage has logged."""
     found = {}
     for stage in STAGES:
         path = folder / stage / "metrics.jsonl"

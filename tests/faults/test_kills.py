@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from tests.faults.processes import descendants, kill, start
-from tests.faults.schedule import SCHEDULE, overrides, results, steps_done
+from tests.faults.schedule import SCHEDULE, has_stepped, logged_bytes, overrides, results
 from tests.toy import write_tokens
 
 pytestmark = pytest.mark.faults
@@ -44,7 +44,7 @@ class Attempt:
 
     def __init__(self, folder: Path, prefix: str, **changes: Any) -> None:
         self.folder, self._log = folder, folder.with_suffix(".log")
-        self._before = steps_done(folder)
+        self._before = logged_bytes(folder)
         self.process = start(SCHEDULE, overrides(folder, prefix, **changes), self._log)
 
     def wait_until(self, there: Callable[[], bool], seconds: float = PATIENCE_S) -> bool:
@@ -88,7 +88,7 @@ class Attempt:
         return self._log.read_text(errors="replace")[-6000:]
 
     def _steps(self) -> bool:
-        return any(size > self._before[stage] for stage, size in steps_done(self.folder).items())
+        return has_stepped(self.folder, self._before)
 
     def _grows(self) -> bool:
         try:
