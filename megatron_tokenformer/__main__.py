@@ -30,7 +30,8 @@ commands:
 {commands}
 
 `{program} COMMAND --help` says the rest.  Wherever the package can be imported the same commands are
-`python -m megatron_tokenformer COMMAND`; in a checkout all but pretrain and progressive are `python tools/COMMAND.py`.
+`python -m megatron_tokenformer COMMAND`, and in a checkout all but pretrain and progressive also
+`python tools/COMMAND.py`.
 """
 
 

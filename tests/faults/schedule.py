@@ -32,7 +32,7 @@ def overrides(folder: Path, prefix: str, **changes: Any) -> list[str]:
 
 
 def has_stepped(folder: Path, before: dict[str, int]) -> bool:
-    """Whether some stage has logged more than it had; a run that goes on from a checkpoint first drops rows."""
+    """Whether some stage has logged more than it had; a run that goes on first drops rows."""
     return any(size > before[stage] for stage, size in logged_bytes(folder).items())
 
 
