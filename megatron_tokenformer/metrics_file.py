@@ -1,4 +1,7 @@
-"""The rows of a run, RUN_DIR/metrics.jsonl: one JSON object a line, in the order of steps."""
+"""The rows of a run, RUN_DIR/metrics.jsonl: one JSON object a line, in the order of steps.
+
+And what the records of its end beside them are called.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,10 @@ from typing import Any
 import orjson
 
 METRICS = "metrics.jsonl"
+FINISHED = "finished.json"
+"""the record of a run that has all its steps; launchers' exit codes do not prove it"""
+INTERRUPTED = "interrupted.json"
+"""the record of a run that was asked to leave, and saved; it stays until the run is started again"""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
