@@ -52,14 +52,14 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = orjson.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) else None
 
 
 def drop_rows_after(path: Path, step: int) -> int | None:
     """Drop the rows of a metrics file that belong to later steps, and a last row that is cut short.
 
-    Rows are in the order of steps, so that this is one cut, which happens or does not.  A damaged line stays
-    if the row before it does.
+    Rows are in the order of steps, so that this is one cut, which happens or does not.  A damaged line,
+    and a row without a step, stays if the row before it does.
 
     Returns:
         The last step that the file had; None if it had no row.
@@ -68,7 +68,7 @@ def drop_rows_after(path: Path, step: int) -> int | None:
         return None
     kept, last = 0, None
     for row, end in iterate_rows(path):
-        if row is not None:
+        if row is not None and isinstance(row.get("step"), int):
             last = row["step"]
         if last is None or last <= step:
             kept = end

@@ -151,8 +151,9 @@ def read_stage(folder: Path) -> Stage:
 
 
 def _is_sound(row: dict[str, Any]) -> bool:
-    """Whether what a row says of an event, if it does, is of the kinds that events are drawn and told by."""
-    return isinstance(row.get("event", ""), str) and isinstance(row.get("action", ""), str)
+    """Whether a row has a step, and what it says of an event, if it does, is in words."""
+    words = (row.get("event", ""), row.get("action", ""))
+    return isinstance(row.get("step"), int) and all(isinstance(word, str) for word in words)
 
 
 def _append(columns: dict[str, array[float]], row: dict[str, Any]) -> None:

@@ -126,12 +126,17 @@ def test_damaged_lines_are_left_out_and_told_once(tmp_path: Path, capsys: pytest
     run = write_run(tmp_path / "run", 4)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo\n')
-    odd = [{"event": {}}, {"event": "loss", "action": ["skip"]}, {"event": "loss", "step": "5"}]
+    odd = [
+        {"event": {}},
+        {"event": "loss", "action": ["skip"]},
+        {"event": "loss", "step": "5"},
+        {"loss": 2.0, "step": None},
+    ]
     append(run, *({"step": 5} | row for row in odd), {"step": 6, "loss": 1.5})
     (curve,) = read_curves([run])
     assert run_chart([curve], smooth=1).panels[0].lines[0].x.tolist() == [2, 4, 6]
     assert curve.stages[0].events == []
-    assert capsys.readouterr().out == f"warning: 4 damaged lines of {run}/metrics.jsonl left out\n"
+    assert capsys.readouterr().out == f"warning: 5 damaged lines of {run}/metrics.jsonl left out\n"
 
 
 def test_the_running_mean_is_of_the_known_values_before() -> None:
