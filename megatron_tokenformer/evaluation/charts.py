@@ -54,6 +54,7 @@ class Line:
     y: np.ndarray
     style: Literal["raw", "mean", "points"] = "mean"
     """thin and pale; thick; or thick with a dot at each point"""
+    dashed: bool = False
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@
       pen = true;
     }
     const raw = line.style === "raw";
-    const look = { d: path, fill: "none", stroke: line.colour, "stroke-linejoin": "round" };
+    const look = { d: path, fill: "none", stroke: line.colour, "stroke-linejoin": "round", "stroke-dasharray": line.dashed ? "6 3" : "none" };
     element("path", { ...look, "stroke-width": raw ? 0.7 : 1.8, opacity: raw ? 0.4 : 1 }, group);
     if (line.style === "points" && line.x.length < 400)
       for (let i = 0; i < line.x.length; i++)

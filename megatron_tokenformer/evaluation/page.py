@@ -67,6 +67,7 @@ def chart_data(chart: Chart) -> dict[str, Any]:
                         "label": line.label,
                         "colour": line.colour,
                         "style": line.style,
+                        "dashed": line.dashed,
                         "x": _numbers(line.x),
                         "y": _numbers(line.y),
                     }

@@ -81,7 +81,7 @@ def _draw_line(axes: Any, line: Line) -> Any:
         "mean": {"linewidth": 1.6},
         "points": {"linewidth": 1.4, "marker": "o", "markersize": 3.0 if len(line.x) < 80 else 0.0},
     }[line.style]
-    (drawn,) = axes.plot(line.x, line.y, color=line.colour, **looks)
+    (drawn,) = axes.plot(line.x, line.y, color=line.colour, linestyle="--" if line.dashed else "-", **looks)
     if line.style != "points":
         # A point between two gaps has no neighbour to be joined with.
         alone = line.y == line.y
