@@ -1,4 +1,7 @@
-"""The rows of a run, RUN_DIR/metrics.jsonl: one JSON object a line, in the order of steps."""
+"""The rows of a run, RUN_DIR/metrics.jsonl: one JSON object a line, in the order of steps.
+
+And what the records of its end beside them are called.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +16,50 @@ from typing import Any
 import orjson
 
 METRICS = "metrics.jsonl"
+FINISHED = "finished.json"
+"""the record of a run that has all its steps; launchers' exit codes do not prove it"""
+INTERRUPTED = "interrupted.json"
+"""the record of a run that was asked to leave, and saved; it stays until the run is started again"""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last one that is cut short is left out."""
-    return [row for row, _ in iterate_rows(path)]
+    """The rows of a metrics file; lines that are damaged are left out."""
+    return [row for row, _ in iterate_rows(path) if row is not None]
 
 
-def iterate_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each row and the byte at which it ends, up to one that is cut short; a file of any size."""
-    end = 0
+def iterate_rows(path: Path) -> Iterator[tuple[dict[str, Any] | None, int]]:
+    """Each row and the byte at which it ends; a file of any size.
+
+    A damaged line is None, as what comes after it is as good as ever; but if it is the last, a write has been
+    cut short, and it does not count.
+    """
+    end, damaged = 0, None
     with open(path, "rb") as file:
         for line in file:
+            if damaged is not None:
+                yield None, damaged
             end += len(line)
-            try:
-                row = orjson.loads(line)
-            except ValueError:
-                return
-            if not isinstance(row, dict):
-                return
-            yield row, end
+            row = _row(line)
+            damaged = end if row is None else None
+            if row is not None:
+                yield row, end
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = orjson.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def drop_rows_after(path: Path, step: int) -> int | None:
     """Drop the rows of a metrics file that belong to later steps, and a last row that is cut short.
 
-    Rows are in the order of steps, so that this is one cut, which happens or does not.
+    Rows are in the order of steps, so that this is one cut, which happens or does not.  A damaged line,
+    and a row without a step, stays if the row before it does.
 
     Returns:
         The last step that the file had; None if it had no row.
@@ -47,8 +68,9 @@ def drop_rows_after(path: Path, step: int) -> int | None:
         return None
     kept, last = 0, None
     for row, end in iterate_rows(path):
-        last = row["step"]
-        if last <= step:
+        if row is not None and isinstance(row.get("step"), int):
+            last = row["step"]
+        if last is None or last <= step:
             kept = end
     if kept < path.stat().st_size:
         os.truncate(path, kept)

@@ -75,7 +75,9 @@ def test_arms_are_trained_once_and_compared(tmp_path: Path) -> None:
     path = minuscule(tmp_path)
     done = study(tmp_path, "--config", path)
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "study/results.json").read_text())["arms"]
+    results = json.loads((tmp_path / "study/results.json").read_text())
+    told = results["arms"]
+    assert len(results["calls"]) == 1
     text = (tmp_path / "study/results.md").read_text()
     assert (tmp_path / "study/perplexity_vs_flops.png").stat().st_size > 10_000
     for name in ("grown", "scratch", "net2net"):

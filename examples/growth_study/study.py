@@ -21,9 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tokenformer.errors import UserError, run_cli
-from megatron_tokenformer.metrics_file import METRICS, read_rows
+from megatron_tokenformer.metrics_file import FINISHED, METRICS, read_rows
 from megatron_tokenformer.several import call_python, for_all
-from megatron_tokenformer.training.metrics import FINISHED
 
 CONFIG = Path(__file__).with_name("run.yaml")
 GROW = Path(__file__).parents[2] / "tools" / "grow_checkpoint.py"

@@ -15,10 +15,9 @@ from megatron_tokenformer.config.load import merge, parse_override, read_yaml, v
 from megatron_tokenformer.config.schema import RunConfig, Section
 from megatron_tokenformer.config.sizes import step_flops, tokens_per_step
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.metrics_file import METRICS, read_rows
+from megatron_tokenformer.metrics_file import FINISHED, METRICS, read_rows
 from megatron_tokenformer.progressive.plan import Plan, load_plan
 from megatron_tokenformer.progressive.schema import Launch
-from megatron_tokenformer.training.metrics import FINISHED
 
 
 class Arm(Section):

@@ -23,12 +23,13 @@ from pathlib import Path
 
 from arms import Run, load_study, plan_runs
 from outcome import as_json, outcomes, render
-from picture import draw
+from picture import study_chart
 from tqdm import tqdm
 
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import run_cli
+from megatron_tokenformer.evaluation.picture import draw
 from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.progressive.launchers import LAUNCHERS
 from megatron_tokenformer.several import call_python, for_all
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     told |= as_json(study, found)
     replace_durably(folder / "results.json", json.dumps(told, indent=1) + "\n")
     if found:
-        draw(study, found, folder / PLOT)
+        draw(study_chart(study, found), folder / PLOT)
         replace_durably(folder / "results.md", f"{text}\n![perplexity against FLOPs]({PLOT})\n")
     print(f"\n{text}\n{len(done)} of {len(runs)} runs are done; results are in {folder}")
     return 0

@@ -40,6 +40,8 @@ SETBACKS = {
     "rollback": ("rollback", "#cc0000"),
     "stop": ("run ended", "#000000"),
 }
+MARKS = {"growth": ("growth", "#555555"), **SETBACKS}
+"""kinds of marks: what the legend calls them, and its colour"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Line:
     y: np.ndarray
     style: Literal["raw", "mean", "points"] = "mean"
     """thin and pale; thick; or thick with a dot at each point"""
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Mark:
 
     x: float
     kind: str
-    """`growth`, or one of SETBACKS"""
+    """one of MARKS"""
     text: str
     y: float | None = None
     """where on a curve; None: over the whole height"""
@@ -237,7 +240,8 @@ def _growths(curve: Curve, x: Axis) -> Iterator[Mark]:
 
 
 def _growth_text(before: Stage | None, after: Stage) -> str:
-    told = next((event for event in after.events if event["event"] in RESIZINGS), {})
+    event = next((event for event in after.events if event["event"] in RESIZINGS), {})
+    told = {key: value for key, value in event.items() if isinstance(value, (int, float))}
     old = told.get("parameters_before") or (before.parameters if before else None)
     new = told.get("parameters_after") or after.parameters
     text = f"{in_short(old)} → {in_short(new)}" if old and new else "growth"

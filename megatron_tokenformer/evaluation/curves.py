@@ -125,11 +125,14 @@ def read_stage(folder: Path) -> Stage:
     training = {name: array("d") for name in TRAINING}
     evaluations = {name: array("d") for name in EVALUATION}
     events: list[dict[str, Any]] = []
+    damaged = 0
     try:
         size, done = path.stat().st_size, 0
         with tqdm(total=size, unit="B", unit_scale=True, desc=str(path), disable=None, leave=False) as bar:
             for count, (row, end) in enumerate(iterate_rows(path)):
-                if "event" in row:
+                if row is None or not _is_sound(row):
+                    damaged += 1
+                elif "event" in row:
                     events.append(row)
                 elif "loss" in row:
                     _append(training, row)
@@ -140,9 +143,17 @@ def read_stage(folder: Path) -> Stage:
                     done = end
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", exit_code=1) from None
+    if damaged:
+        print(f"warning: {damaged} damaged line{'s' if damaged > 1 else ''} of {path} left out", flush=True)
     return Stage(
         folder.resolve().name, folder, *_with_seconds(training, evaluations), events, _config(folder)
     )
+
+
+def _is_sound(row: dict[str, Any]) -> bool:
+    """Whether a row has a step, and what it says of an event, if it does, is in words."""
+    words = (row.get("event", ""), row.get("action", ""))
+    return isinstance(row.get("step"), int) and all(isinstance(word, str) for word in words)
 
 
 def _append(columns: dict[str, array[float]], row: dict[str, Any]) -> None:

@@ -51,6 +51,16 @@
       };
       legend.appendChild(name);
     }
+    for (const { kind, label, colour } of data.kinds) {
+      const name = document.createElement("span");
+      name.className = "mark";
+      const sign = element("svg", { viewBox: "0 0 18 10" }, name);
+      if (kind !== "growth") element("path", { d: "M9,9l-4,-8h8z", fill: colour }, sign);
+      else element("line", { x1: 0, x2: 18, y1: 5, y2: 5, stroke: colour, "stroke-dasharray": data.logX ? "2 3" : "6 4" }, sign);
+      if (kind === "growth" && data.logX) element("path", { d: "M9,1l4,4l-4,4l-4,-4z", fill: "#fff", stroke: colour }, sign);
+      name.append(label);
+      legend.appendChild(name);
+    }
     figure.appendChild(legend);
   }
 
@@ -171,7 +181,7 @@
       pen = true;
     }
     const raw = line.style === "raw";
-    const look = { d: path, fill: "none", stroke: line.colour, "stroke-linejoin": "round" };
+    const look = { d: path, fill: "none", stroke: line.colour, "stroke-linejoin": "round", "stroke-dasharray": line.dashed ? "6 3" : "none" };
     element("path", { ...look, "stroke-width": raw ? 0.7 : 1.8, opacity: raw ? 0.4 : 1 }, group);
     if (line.style === "points" && line.x.length < 400)
       for (let i = 0; i < line.x.length; i++)

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from megatron_tokenformer.durable import replace_durably
-from megatron_tokenformer.evaluation.charts import SETBACKS, Chart, in_short
+from megatron_tokenformer.evaluation.charts import MARKS, Chart, in_short
 from megatron_tokenformer.evaluation.curves import Curve, Stage
 
 SCRIPT, STYLE = Path(__file__).with_name("page.js"), Path(__file__).with_name("page.css")
@@ -29,8 +29,8 @@ MAIN_KEYS = (
 def write_page(chart: Chart, curves: Sequence[Curve], path: Path) -> None:
     """Write a chart of these curves, and what is known of their runs, as one file of HTML."""
     title = html.escape(chart.title or ", ".join(curve.label for curve in curves))
-    # "</" inside would end the script, whatever JSON says.
-    data = json.dumps(chart_data(chart), separators=(",", ":")).replace("</", "<\\/")
+    # A "<" inside may end the script, or keep it from ending, whatever JSON says.
+    data = json.dumps(chart_data(chart), separators=(",", ":")).replace("<", "\\u003c")
     stages = [(curve, stage) for curve in curves for stage in curve.stages]
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
@@ -67,6 +67,7 @@ def chart_data(chart: Chart) -> dict[str, Any]:
                         "label": line.label,
                         "colour": line.colour,
                         "style": line.style,
+                        "dashed": line.dashed,
                         "x": _numbers(line.x),
                         "y": _numbers(line.y),
                     }
@@ -79,7 +80,11 @@ def chart_data(chart: Chart) -> dict[str, Any]:
             {"x": mark.x, "kind": mark.kind, "text": mark.text, "y": mark.y, "colour": mark.colour}
             for mark in chart.marks
         ],
-        "kinds": {kind: label for kind, (label, _) in SETBACKS.items()},
+        "kinds": [
+            {"kind": kind, "label": label, "colour": colour}
+            for kind, (label, colour) in MARKS.items()
+            if any(mark.kind == kind for mark in chart.marks)
+        ],
     }
 
 
@@ -165,7 +170,8 @@ def name_of(curve: Curve, stage: Stage) -> str:
 
 def _setting(config: dict[str, Any], key: str) -> str:
     section, name = key.split(".")
-    value = (config.get(section) or {}).get(name)
+    found = config.get(section)
+    value = found.get(name) if isinstance(found, dict) else None
     return "" if value is None else str(_flat(value))
 
 

@@ -36,14 +36,15 @@ def draw(chart: Chart, path: Path) -> None:
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = _panels(plt, len(chart.panels))
         for number, (panel, place) in enumerate(zip(chart.panels, axes)):
-            _draw_panel(place, panel)
+            named = _draw_panel(place, panel)
             _draw_marks(place, chart.marks, first=number == 0)
             if chart.log_x:
                 place.set_xscale("log")
             _format_axes(place, chart, panel)
-        _legend(axes[0], chart)
+            if number == 0:
+                _legend(place, chart, named)
         if chart.title:
-            figure.suptitle(chart.title, fontsize=10)
+            figure.suptitle(chart.title, fontsize=10, parse_math=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         plt.close(figure)
@@ -65,34 +66,36 @@ def _panels(plt: Any, count: int) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _draw_panel(axes: Any, panel: Panel) -> None:
-    for line in panel.lines:
-        _draw_line(axes, line)
+def _draw_panel(axes: Any, panel: Panel) -> list[tuple[Any, str]]:
+    """Draw all lines; those that have a label come back with it."""
+    drawn = [(_draw_line(axes, line), line.label) for line in panel.lines]
     if panel.log_y:
         axes.set_yscale("log")
     axes.set_ylabel(panel.y_label)
+    return [(handle, label) for handle, label in drawn if label]
 
 
-def _draw_line(axes: Any, line: Line) -> None:
+def _draw_line(axes: Any, line: Line) -> Any:
     looks: dict[str, Any] = {
         "raw": {"linewidth": 0.6, "alpha": 0.35},
         "mean": {"linewidth": 1.6},
         "points": {"linewidth": 1.4, "marker": "o", "markersize": 3.0 if len(line.x) < 80 else 0.0},
     }[line.style]
-    axes.plot(line.x, line.y, color=line.colour, label=line.label or "_", **looks)
+    (drawn,) = axes.plot(line.x, line.y, color=line.colour, linestyle="--" if line.dashed else "-", **looks)
     if line.style != "points":
         # A point between two gaps has no neighbour to be joined with.
         alone = line.y == line.y
         alone[1:] &= line.y[:-1] != line.y[:-1]
         alone[:-1] &= line.y[1:] != line.y[1:]
-        axes.plot(line.x[alone], line.y[alone], ".", color=line.colour, markersize=2, label="_")
+        axes.plot(line.x[alone], line.y[alone], ".", color=line.colour, markersize=2)
+    return drawn
 
 
 def _draw_marks(axes: Any, marks: Sequence[Mark], first: bool) -> None:
     edge = axes.get_xaxis_transform()
     for mark in marks:
         if mark.y is not None:
-            axes.plot(mark.x, mark.y, "D", color=mark.colour, markersize=8, fillstyle="none", label="_")
+            axes.plot(mark.x, mark.y, "D", color=mark.colour, markersize=8, fillstyle="none")
             axes.axvline(mark.x, color=mark.colour, linestyle=":", linewidth=0.9)
         elif mark.kind == "growth":
             axes.axvline(mark.x, color="#555555", linestyle="--", linewidth=0.9)
@@ -139,12 +142,21 @@ def _plain(value: float, _: int | None = None) -> str:
     return in_short(value) if abs(value) >= 1e4 else f"{value:g}"
 
 
-def _legend(axes: Any, chart: Chart) -> None:
+def _legend(axes: Any, chart: Chart, named: list[tuple[Any, str]]) -> None:
     kinds = {mark.kind for mark in chart.marks}
     if "growth" in kinds:
         style = {"marker": "D", "fillstyle": "none"} if chart.log_x else {}
-        axes.plot([], [], color="#555555", linestyle=":" if chart.log_x else "--", label="growth", **style)
+        (growth,) = axes.plot([], [], color="#555555", linestyle=":" if chart.log_x else "--", **style)
+        named = [*named, (growth, "growth")]
     for kind, (label, colour) in SETBACKS.items():
         if kind in kinds:
-            axes.plot([], [], "v", color=colour, markersize=5, label=label)
-    axes.legend(frameon=False, fontsize=8, ncols=1 if chart.log_x else 2, loc="best")
+            (setback,) = axes.plot([], [], "v", color=colour, markersize=5)
+            named = [*named, (setback, label)]
+    handles, labels = [handle for handle, _ in named], [label for _, label in named]
+    columns = 1 if chart.log_x else 2
+    legend = axes.legend(
+        handles, ["label"] * len(labels), frameon=False, fontsize=8, ncols=columns, loc="best"
+    )
+    # Given to the legend itself, a label that begins with "_" is left out, and one with "$" is a formula.
+    for text, label in zip(legend.get_texts(), labels):
+        text.set(text=label, parse_math=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.metrics_file import FINISHED, INTERRUPTED
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
-from megatron_tokenformer.training.metrics import FINISHED, INTERRUPTED
 
 # Changing these changes how a stage is trained and not what comes out of it, or answers a setback.
 FREE_SETTINGS = (

@@ -16,8 +16,8 @@ from megatron_tokenformer.config.sizes import FORMULAS, flops_per_token, paramet
 from megatron_tokenformer.config.stages import describe_pipeline
 from megatron_tokenformer.data.batches import SourceInfo
 from megatron_tokenformer.durable import replace_durably
+from megatron_tokenformer.metrics_file import FINISHED, INTERRUPTED
 from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.metrics import FINISHED, INTERRUPTED
 from megatron_tokenformer.training.throughput import peak_flops
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import parameter_count, step_flops, tokens_per_step
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import TO_BE_CONTINUED
+from megatron_tokenformer.metrics_file import FINISHED, INTERRUPTED
 from megatron_tokenformer.model.tau import set_taus
 from megatron_tokenformer.parallel.layout import Layout, from_main_rank
 from megatron_tokenformer.training.batches import Batch, pipeline_batches
-from megatron_tokenformer.training.metrics import FINISHED, INTERRUPTED
 from megatron_tokenformer.training.phases import StepClock
 from megatron_tokenformer.training.profiling import profiled
 from megatron_tokenformer.training.run import Run, open_run

@@ -15,12 +15,6 @@ from megatron_tokenformer.metrics_file import METRICS, MetricsFile, finite
 from megatron_tokenformer.training.sinks import Guarded, TensorboardSink
 from megatron_tokenformer.training.wandb_sink import WandbSink, WandbState
 
-FINISHED = "finished.json"
-"""the record of a run that has all its steps; launchers' exit codes do not prove it"""
-INTERRUPTED = "interrupted.json"
-"""the record of a run that was asked to leave, and saved; it stays until the run is started again"""
-
-
 PHASES = ("data", "forward", "backward", "reduction", "pipeline", "optimizer")
 """of a step, as `phases.py` measures them; a row has `data_time_s` and so on"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import struct
@@ -121,6 +122,23 @@ def test_a_null_is_a_gap_and_a_row_that_is_cut_short_is_none(tmp_path: Path) -> 
     assert np.isnan(loss.y).tolist() == [False, False, True, False]
 
 
+def test_damaged_lines_are_left_out_and_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", 4)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo\n')
+    odd = [
+        {"event": {}},
+        {"event": "loss", "action": ["skip"]},
+        {"event": "loss", "step": "5"},
+        {"loss": 2.0, "step": None},
+    ]
+    append(run, *({"step": 5} | row for row in odd), {"step": 6, "loss": 1.5})
+    (curve,) = read_curves([run])
+    assert run_chart([curve], smooth=1).panels[0].lines[0].x.tolist() == [2, 4, 6]
+    assert curve.stages[0].events == []
+    assert capsys.readouterr().out == f"warning: 5 damaged lines of {run}/metrics.jsonl left out\n"
+
+
 def test_the_running_mean_is_of_the_known_values_before() -> None:
     y = np.array([1.0, np.nan, 3.0, 5.0, 7.0, np.nan, np.nan, np.nan, 2.0])
     expected = []
@@ -216,16 +234,32 @@ class Page(HTMLParser):
 
 def test_the_page_needs_nothing_else_and_has_figures_and_settings(ladder: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    evil = "</script><img src=x onerror=alert(1)>"
+    evil = "<!--<script></script><img src=x onerror=alert(1)>"
     plot_run.main([str(ladder), "--label", evil, "--output", str(out)])
     text = out.read_text()
     page = Page(text)
     assert page.loads == [] and "@import" not in text and "url(http" not in text
     assert "<img" not in re.sub(r"<script.*?</script>", "", text, flags=re.S), "labels are text"
     data = json.loads(page.scripts[0])
-    assert data["panels"][0]["lines"][0]["label"].startswith("</script>")
+    assert data["panels"][0]["lines"][0]["label"] == evil
+    assert "<" not in page.scripts[0], "nothing that a browser could take for a tag or comment"
     stage = read_curves([ladder])[0].stages[1]
+    assert [kind["label"] for kind in data["kinds"]] == ["growth"], "for the legend"
     assert figures(stage)["val_loss"] in page.cells and "qkv 8, output 8, ffn 32" in page.cells
+
+
+def test_whatever_a_run_is_called_and_has_in_its_files_it_is_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 6, model=3, data=[], training=None)
+    growth = {"step": 0, "event": "growth", "parameters_before": "few", "val_loss_before": "low"}
+    append(run, growth | {"val_loss_after": 3.0}, {"step": 3, "event": "loss", "spike_step": []})
+    out = [str(tmp_path / f"plot.{kind}") for kind in ("svg", "html")]
+    odd = ["$\\frac{$", "_$a^$", "a $5 run, or $6"]
+    named = [word for label in odd for word in ("--label", label)]
+    written = [word for path in out for word in ("--output", path)]
+    for tool in (plot_run, plot_scaling):
+        tool.main([str(run)] * 3 + named + written + ["--title", "$a^$"])
+        drawn = {html.unescape(text) for text in re.findall("<!-- (.*?) -->", Path(out[0]).read_text())}
+        assert {*odd, "$a^$"} <= drawn, "as they were given"
 
 
 def test_without_matplotlib_a_picture_names_the_extra_and_a_page_is_written(

@@ -67,3 +67,25 @@ def test_rows_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(6)) + '{"step": 6, "lo')
     drop_rows_after(path, 3)
     assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]
+
+
+def test_a_damaged_line_costs_no_other_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step}) + "\n" for step in range(6)]
+    damaged = ['{"step": 2, "lo\0\0\n', "[2]\n", '{"loss": 3}\n']
+    path.write_text("".join([*rows[:3], *damaged, *rows[3:], '{"step": 6}']))
+    read = [row.get("step") for row in read_rows(path)]
+    assert read == [0, 1, 2, None, 3, 4, 5], "the last has no end of line"
+    assert drop_rows_after(path, 6) == 5
+    assert path.read_text() == "".join([*rows[:3], *damaged, *rows[3:]]), "only what was cut short goes"
+    assert drop_rows_after(path, 4) == 5
+    assert path.read_text() == "".join([*rows[:3], *damaged, *rows[3:5]]), "and the rows of later steps"
+    assert drop_rows_after(path, 1) == 4
+    assert path.read_text() == "".join(rows[:2])
+
+
+def test_a_last_line_that_is_damaged_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnothing\n\0\0\n')
+    assert drop_rows_after(path, 9) == 1
+    assert path.read_text() == '{"step": 1}\nnothing\n'
