@@ -86,7 +86,7 @@ def read_official(load: str | Path, yaml: Sequence[Path] = ()) -> PortableModel:
         {role: tau.end for role, tau in initial_taus(model).items()},
         {name: partial(_read, name, stored[key].tensor) for name, key in keys.items()},
         tokenizer_of(settings, folder),
-        str(source.absolute()),
+        origin=str(source.absolute()),
     )
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="with --from official: the model's config, if it is not beside the weights",
     )
+    add("--tokenizer-model", metavar="FILE", help="the tokenizer's file (default: where the model says)")
     add(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
@@ -172,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     source, target = FORMATS[given.source], FORMATS[given.target]
     assert source.read and target.write and target.logits  # what parse lets through
     portable = source.read(given)
+    if given.tokenizer_model:
+        portable = with_tokenizer_at(portable, given.tokenizer_model)
     if given.dtype != "fp32":
         portable = portable.rounded(DTYPES[given.dtype])
     path = target.write(portable, given)
@@ -185,6 +188,24 @@ def main(argv: list[str] | None = None) -> int:
     if not given.no_verify and figures["logits"]["share"] > given.tolerance:
         raise UserError(f"{path} does not compute what {given.load} does; do not use it", exit_code=1)
     return 0
+
+
+def with_tokenizer_at(portable: PortableModel, file: str) -> PortableModel:
+    """A model whose tokenizer's file is elsewhere than it says.
+
+    Raises:
+        UserError: nothing tells the kind of tokenizer, or the file is not that of the data.
+    """
+    from megatron_tokenformer.evaluation.load import open_tokenizer
+
+    if portable.tokenizer is None:
+        raise UserError(f"nothing at {portable.origin} tells the kind of tokenizer that {file} is of")
+    try:
+        open_tokenizer(portable.tokenizer, portable.model.vocab_size, portable.made_with, file)
+    except UserError as error:
+        raise UserError(f"{portable.origin}: {error}", error.exit_code) from None
+    moved = portable.tokenizer.model_copy(update={"model": str(Path(file).absolute())})
+    return replace(portable, tokenizer=moved)
 
 
 def describe(given: argparse.Namespace, portable: PortableModel, path: Path) -> dict[str, Any]:

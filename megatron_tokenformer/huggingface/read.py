@@ -61,7 +61,7 @@ def read_hf(folder: Path) -> PortableModel:
         {} if model.is_dense else _taus(config.get("tau"), where),
         _find_tensors(folder, model),
         Tokenizer(type="HFTokenizer", model=str(tokenizer)) if tokenizer.exists() else None,
-        str(folder.absolute()),
+        origin=str(folder.absolute()),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig
 
+from megatron_tokenformer.checkpoint.portable import write_native
+from megatron_tokenformer.commands.convert_checkpoint import main
 from megatron_tokenformer.config.schema import Tokenizer
+from megatron_tokenformer.data.provenance import TokenizerRecord
 from megatron_tokenformer.data.tokenizers import load_tokenizer
+from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.huggingface.export import write_hf
 from megatron_tokenformer.huggingface.read import read_hf
 from tests.huggingface.models import portable_model
@@ -106,7 +111,8 @@ def test_the_cards_example_makes_text(
         (None, "tokenizer: none, the checkpoint names none"),
         (
             Tokenizer(type="HFTokenizer", model="/elsewhere/tokenizer.json"),
-            "tokenizer: not exported (HFTokenizer): no tokenizer model at '/elsewhere/tokenizer.json'",
+            "tokenizer: not exported (HFTokenizer): no tokenizer model at '/elsewhere/tokenizer.json'; "
+            "--tokenizer-model FILE tells where it is now",
         ),
         (
             Tokenizer(type="ByteTokenizer"),
@@ -135,6 +141,43 @@ def test_a_tokenizer_that_gives_other_ids_does_not_travel(
     assert not (tmp_path / "hf/tokenizer.json").exists()
 
 
+def made_with(tokenizer: Tokenizer) -> TokenizerRecord:
+    """As the description of data tells it."""
+    loaded = load_tokenizer(**tokenizer.model_dump())
+    told = tokenizer.model_dump()
+    return TokenizerRecord(**told, fingerprint=loaded.fingerprint, vocab_size=loaded.vocab_size)
+
+
+def test_a_file_that_did_not_make_the_data_does_not_travel(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer(type="HFTokenizer", model=str(tmp_path / "tokenizer.json"))
+    definition = json.loads((trained / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    portable = replace(portable_model("l2_norm_gelu", tokenizer, 512), made_with=made_with(tokenizer))
+    write_native(portable, tmp_path / "native")
+    vocabulary = definition["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    formats = ["--from", "native", "--to", "hf", "--no-verify", "--load", str(tmp_path / "native")]
+    assert main([*formats, "--save", str(tmp_path / "without")]) == 0
+    why = rf"not exported \(HFTokenizer\): it was trained on data made with {tokenizer.model} \(hash \w+\)"
+    assert re.search(why, capsys.readouterr().out)
+    assert not (tmp_path / "without/tokenizer.json").exists()
+
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}/native/step-00000000: it was trained on data made with"
+    ):
+        main([*formats, "--save", str(tmp_path / "other"), "--tokenizer-model", str(tokenizer.model)])
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    moved = str(tmp_path / "moved.json")
+    Path(moved).write_text(json.dumps(definition))
+    assert main([*formats, "--save", str(tmp_path / "with"), "--tokenizer-model", moved]) == 0
+    assert f"tokenizer: {moved} as tokenizer.json" in capsys.readouterr().out
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_does_not_travel(trained: Path, tmp_path: Path) -> None:
     outcome = write_hf(portable_model("l2_norm_gelu", named("json", trained), 64), tmp_path / "hf")
-    assert outcome.told == "tokenizer: not exported (HFTokenizer): it has 400 ids, the model 64"
+    file = trained / "tokenizer.json"
+    why = f"{file} has 400 token ids, but model.vocab_size is 64"
+    assert outcome.told == f"tokenizer: not exported (HFTokenizer): {why}"
