@@ -54,7 +54,7 @@ def read_hf(folder: Path) -> PortableModel:
     where = str(folder / "config.json")
     model = validate(Model, model_fields(config), where)
     length = validate(Data, {"sequence_length": config.get(SEQUENCE_LENGTH)}, where).sequence_length
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = folder.absolute() / "tokenizer.json"
     return PortableModel(
         model,
         length,

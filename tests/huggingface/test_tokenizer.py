@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -70,10 +71,16 @@ def named(kind: str, folder: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_ids_and_the_end_of_documents_are_those_of_the_data(kind: str, trained: Path, tmp_path: Path) -> None:
+def test_ids_and_the_end_of_documents_are_those_of_the_data(
+    kind: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = named(kind, trained)
     ours = load_tokenizer(**tokenizer.model_dump())
+    warnings: list[str] = []
+    said_by = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(said_by, "handle", lambda record: warnings.append(record.getMessage()))
     outcome = write_hf(portable_model("l2_norm_gelu", tokenizer, 512), tmp_path / "hf")
+    assert warnings == [], "samples are longer than the sequence length, which is nothing to tell"
     end = "</s>" if kind in ("bpe", "unigram") else "<|endoftext|>"
     assert outcome.told == f"tokenizer: {tokenizer.model} as tokenizer.json, {end} = {ours.eod_id}"
 
@@ -90,8 +97,10 @@ def test_ids_and_the_end_of_documents_are_those_of_the_data(kind: str, trained: 
         assert stored["eos_token_id"] == stored["bos_token_id"] == ours.eod_id
     assert GenerationConfig.from_pretrained(tmp_path / "hf").pad_token_id == ours.eod_id
 
-    back = read_hf(tmp_path / "hf").tokenizer
+    monkeypatch.chdir(tmp_path)
+    back = read_hf(Path("hf")).tokenizer
     assert back is not None
+    assert back.model == str(tmp_path / "hf/tokenizer.json"), "wherever it will be used"
     assert load_tokenizer(**back.model_dump()).encode(LINES[7]) == ours.encode(LINES[7])
 
 
