@@ -67,12 +67,15 @@ def test_the_comparison_sees_one_changed_number(published: Path) -> None:
     assert no_number["share"] > 1e30
 
 
-def test_what_computes_something_else_fails(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_computes_something_else_fails(
+    published: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     native = convert_checkpoint.FORMATS["native"]
     broken = convert_checkpoint.Format(native.read, native.write, lambda path, ids: torch.zeros(2, 32, 64))
     monkeypatch.setitem(convert_checkpoint.FORMATS, "native", broken)
     with pytest.raises(UserError, match=r"does not compute what .* does, so there is no .*/native;"):
-        convert(published)
+        convert(published, "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["logits"]["share"] == pytest.approx(1.0)
     assert list(published.parent.iterdir()) == [published]
     assert convert(published, "--no-verify") == 0
 
