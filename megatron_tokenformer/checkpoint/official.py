@@ -86,7 +86,7 @@ def read_official(load: str | Path, yaml: Sequence[Path] = ()) -> PortableModel:
         {role: tau.end for role, tau in initial_taus(model).items()},
         {name: partial(_read, name, stored[key].tensor) for name, key in keys.items()},
         tokenizer_of(settings, folder),
-        str(source.absolute()),
+        origin=str(source.absolute()),
     )
 
 
@@ -207,6 +207,8 @@ def _check_tensors(stored: dict[str, Stored], keys: dict[str, str], model: Model
                 f"it is {list(shape)} ({sizes})",
                 exit_code=1,
             )
+        if found.tensor.is_meta:
+            raise UserError(f"{keys[name]} in {found.file} has a shape and no numbers (a meta tensor)", 1)
         if found.tensor.dtype not in DTYPES or found.tensor.layout != torch.strided:
             raise UserError(f"{keys[name]} in {found.file} is {found.tensor.dtype}, no weights", exit_code=1)
     _check_others(stored, stored.keys() - set(keys.values()), model, sizes)
@@ -223,7 +225,7 @@ def _check_others(stored: dict[str, Stored], others: set[str], model: Model, siz
         copy = key == f"{head}.word_embeddings.weight"
         if not copy:
             raise UserError(f"{place} belongs to no part of the config's model ({sizes})", exit_code=1)
-        if not torch.equal(stored[key].tensor, stored[EMBEDDING].tensor):
+        if stored[key].tensor.is_meta or not torch.equal(stored[key].tensor, stored[EMBEDDING].tensor):
             raise UserError(f"{place} is not {EMBEDDING}; only tied models can be converted", exit_code=1)
         passed_over.add(key)
     if passed_over:

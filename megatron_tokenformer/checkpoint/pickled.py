@@ -27,13 +27,17 @@ def read_tensors(path: Path, part: str | None = None) -> dict[str, Tensor]:
     Raises:
         UserError: the file cannot be read, is damaged, or holds other things than tensors (exit code 1).
     """
+    is_zip = zipfile.is_zipfile(path)
     try:
+        damaged = _damaged_entry(path) if is_zip else None
         with _tensors_alone():
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            stored = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", exit_code=1) from None
     except Exception as error:  # a damaged pickle fails in any way that one of torch's many steps can
         raise UserError(_in_words(path, str(error)), exit_code=1) from None
+    if damaged:
+        raise UserError(f"{path} is damaged: {printable(damaged)}", exit_code=1)
     if part is not None:
         stored = stored.get(part) if isinstance(stored, dict) else None
     if not isinstance(stored, dict) or not stored:
@@ -44,6 +48,12 @@ def read_tensors(path: Path, part: str | None = None) -> dict[str, Tensor]:
             found = f"{type(value).__name__} under {printable(name)}"
             raise UserError(f"{path} holds a {found}, where only tensors are expected", exit_code=1)
     return stored
+
+
+def _damaged_entry(path: Path) -> str | None:
+    """The first entry of a zip that is not what its checksum says: torch does not look."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 @contextlib.contextmanager

@@ -45,7 +45,9 @@ class PortableModel:
     """by canonical name (all of `full_shapes`), what reads that tensor: whole, fp32, on the CPU, of the shape
     that `full_shapes` says.  May raise UserError: the file is damaged"""
     tokenizer: Tokenizer | None = None
-    """that made the data, where known; its files may not be here"""
+    """as a config names it, where known; its files may not be here, or be others than they were"""
+    made_with: TokenizerRecord | None = None
+    """what the data was made with, by its hash; None where nothing tells"""
     origin: str = field(default="unknown", compare=False)
     """where it was read from, for the history of what is made of it"""
 
@@ -84,6 +86,7 @@ def read_native(load: str | Path) -> PortableModel:
         {role: tau.at(manifest.step) for role, tau in taus_from_json(manifest.taus).items()},
         {name: partial(_read_tensor, path, manifest, name) for name in manifest.shapes},
         config.data.tokenizer or _configured(manifest.tokenizer),
+        manifest.tokenizer,
         str(path.absolute()),
     )
 
@@ -136,6 +139,7 @@ def write_native(portable: PortableModel, folder: Path) -> Path:
             states=[WEIGHT],
             shards=[shard],
             history=[history_entry("import", portable.origin)],
+            tokenizer=portable.made_with,
         )
 
     path, _ = write_whole(folder, f"write a checkpoint into {folder}", 4 * parameter_count(model), write)

@@ -85,7 +85,7 @@ def history_entry(kind: str, source: str, **told: Any) -> dict[str, Any]:
     """What the new checkpoint's history says of how it was made, now.
 
     Args:
-        kind: `growth`, `shrink` or `import`.
+        kind: `growth`, `net2net`, `shrink` or `import`.
         source: where the weights came from.
         told: what else there is to tell.
     """

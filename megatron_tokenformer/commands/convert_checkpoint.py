@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,11 @@ if TYPE_CHECKING:  # torch takes a second, so --help does without
 
 EPILOG = """\
 Memory holds one tensor at a time (with --to hf one file, of 5 GB at most), and for the comparison one model,
-which --no-verify leaves out.
+which --no-verify leaves out.  What fails the comparison is not kept.
+
+The source is computed by this program.  With --to hf the folder's own code computes the other side; with --to
+native it is this program again, so equal logits show that writing lost nothing, and not that the source was
+understood.
 
 examples:
   # published weights: pytorch_model.bin, with its YAML beside it or named
@@ -58,7 +63,8 @@ class Format:
     """How a format is read, written, and asked for logits; None where it cannot be."""
 
     read: Callable[[argparse.Namespace], PortableModel] | None
-    write: Callable[[PortableModel, argparse.Namespace], Path] | None
+    write: Callable[[PortableModel, Path, argparse.Namespace], Path] | None
+    """into a folder; returns what was written"""
     logits: Callable[[Path, Tensor], Tensor] | None
     """of what was written, for ids [b, s]: [b, s, v] in fp32, by the code that users of the format run"""
 
@@ -81,17 +87,17 @@ def _read_hf(given: argparse.Namespace) -> PortableModel:
     return read_hf(Path(given.load))
 
 
-def _write_native(portable: PortableModel, given: argparse.Namespace) -> Path:
+def _write_native(portable: PortableModel, folder: Path, given: argparse.Namespace) -> Path:
     from megatron_tokenformer.checkpoint.portable import write_native
 
-    return write_native(portable, given.save)
+    return write_native(portable, folder)
 
 
-def _write_hf(portable: PortableModel, given: argparse.Namespace) -> Path:
+def _write_hf(portable: PortableModel, folder: Path, given: argparse.Namespace) -> Path:
     from megatron_tokenformer.huggingface.export import write_hf
 
-    print(write_hf(portable, given.save, given.dtype).told)
-    return given.save
+    print(write_hf(portable, folder, given.dtype).told)
+    return folder
 
 
 def _native_logits(path: Path, ids: Tensor) -> Tensor:
@@ -131,6 +137,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="with --from official: the model's config, if it is not beside the weights",
     )
+    add("--tokenizer-model", metavar="FILE", help="the tokenizer's file (default: where the model says)")
     add(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
@@ -156,6 +163,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--yaml goes with --from official; what is {given.source} has its config in itself")
     if given.dtype != "fp32" and given.target != "hf":
         raise UserError(f"--dtype goes with --to hf; a checkpoint that is {given.target} holds fp32")
+    if not 0.0 <= given.tolerance < math.inf:
+        raise UserError(f"--tolerance {given.tolerance} is no share of a logit; give 0 or more, as 1e-5")
     return given
 
 
@@ -164,27 +173,88 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     from megatron_tokenformer.checkpoint.portable import check_new
     from megatron_tokenformer.checkpoint.step_zero import check_writable
-    from megatron_tokenformer.evaluation.load import DTYPES
 
     check_new(given.save)
-    check_writable(given.save, f"convert {given.load} into {given.save}")
+    save = given.save.resolve()  # whose name what is written gets at the end
+    if save.is_mount():
+        raise UserError(f"{given.save} is where a disk is mounted; give a new folder in it")
+    unverified = save.with_name(f".{save.name}.unverified")
+    check_writable(unverified, f"convert {given.load} into {given.save}")
+    shutil.rmtree(unverified, ignore_errors=True)  # what a conversion that was killed has left
+    try:
+        convert(given, unverified)
+        give_name(unverified, save)
+    finally:
+        shutil.rmtree(unverified, ignore_errors=True)
+    return 0
+
+
+def convert(given: argparse.Namespace, folder: Path) -> None:
+    """Write the model into a folder, compare, and print the figures, also of a comparison that fails.
+
+    Raises:
+        UserError: it cannot be read or written, or computes something else.
+    """
+    from megatron_tokenformer.evaluation.load import DTYPES
+
     start = time.perf_counter()
     source, target = FORMATS[given.source], FORMATS[given.target]
     assert source.read and target.write and target.logits  # what parse lets through
     portable = source.read(given)
+    if given.tokenizer_model:
+        portable = with_tokenizer_at(portable, given.tokenizer_model)
     if given.dtype != "fp32":
         portable = portable.rounded(DTYPES[given.dtype])
-    path = target.write(portable, given)
+    written = target.write(portable, folder, given)
+    path = given.save / written.relative_to(folder)
     figures = describe(given, portable, path) | {"seconds": round(time.perf_counter() - start, 3)}
     report(figures)
     if not given.no_verify:
-        figures["logits"] = compare(portable, path, target.logits)
+        figures["logits"] = compare(portable, written, target.logits)
         print_comparison(figures["logits"])
     if given.json:
         print(json.dumps(figures))
-    if not given.no_verify and figures["logits"]["share"] > given.tolerance:
-        raise UserError(f"{path} does not compute what {given.load} does; do not use it", exit_code=1)
-    return 0
+    if not given.no_verify and not figures["logits"]["share"] <= given.tolerance:
+        raise UserError(
+            f"what was written does not compute what {given.load} does, so there is no {given.save}; "
+            f"--no-verify would write it all the same",
+            exit_code=1,
+        )
+
+
+def give_name(written: Path, folder: Path) -> None:
+    """Put what is written and compared where it belongs; the place is free, or `check_new` lets it pass.
+
+    Raises:
+        UserError: the place has been taken meanwhile, or cannot be written.
+    """
+    from megatron_tokenformer.checkpoint.store import clear_leftovers
+    from megatron_tokenformer.durable import sync_folder
+
+    clear_leftovers(folder)
+    try:
+        written.replace(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}", exit_code=1) from None
+
+
+def with_tokenizer_at(portable: PortableModel, file: str) -> PortableModel:
+    """A model whose tokenizer's file is elsewhere than it says.
+
+    Raises:
+        UserError: nothing tells the kind of tokenizer, or the file is not that of the data.
+    """
+    from megatron_tokenformer.evaluation.load import open_tokenizer
+
+    if portable.tokenizer is None:
+        raise UserError(f"nothing at {portable.origin} tells the kind of tokenizer that {file} is of")
+    try:
+        open_tokenizer(portable.tokenizer, portable.model.vocab_size, portable.made_with, file)
+    except UserError as error:
+        raise UserError(f"{portable.origin}: {error}", error.exit_code) from None
+    moved = portable.tokenizer.model_copy(update={"model": str(Path(file).absolute())})
+    return replace(portable, tokenizer=moved)
 
 
 def describe(given: argparse.Namespace, portable: PortableModel, path: Path) -> dict[str, Any]:

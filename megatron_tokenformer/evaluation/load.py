@@ -14,6 +14,7 @@ from megatron_tokenformer.checkpoint.portable import PortableModel
 from megatron_tokenformer.checkpoint.shards import BLOCK_ELEMENTS
 from megatron_tokenformer.checkpoint.store import find_checkpoints, first_good
 from megatron_tokenformer.checkpoint.stored_model import check_stored, stored_config
+from megatron_tokenformer.config import schema
 from megatron_tokenformer.config.schema import Model, Precision, RunConfig, resolve_precision
 from megatron_tokenformer.data.provenance import TokenizerRecord, named
 from megatron_tokenformer.data.tokenizers import Tokenizer, load_tokenizer
@@ -56,24 +57,32 @@ def checkpoint_tokenizer(stored: Stored, model: str | None = None) -> Tokenizer:
         UserError: see `open_tokenizer`.
     """
     try:
-        return open_tokenizer(stored.config, stored.manifest.tokenizer, model)
+        config = stored.config
+        return open_tokenizer(
+            config.data.tokenizer, config.model.vocab_size, stored.manifest.tokenizer, model
+        )
     except UserError as error:
         raise UserError(f"checkpoint {stored.path}: {error}", error.exit_code) from None
 
 
 def open_tokenizer(
-    config: RunConfig, made_with: TokenizerRecord | None, model: str | None = None
+    configured: schema.Tokenizer | None,
+    vocab_size: int,
+    made_with: TokenizerRecord | None,
+    model: str | None = None,
 ) -> Tokenizer:
     """The tokenizer of a run: its config's, or what the description of its data tells.
 
     Args:
+        configured: the config's; None if it names none.
+        vocab_size: rows of the model's embedding.
         made_with: what made the data; None if unknown.
         model: the tokenizer's file, where it is no longer where it was.
 
     Raises:
         UserError: nothing tells it, its file is not there or another one, or it has more ids than the model.
     """
-    told = config.data.tokenizer or made_with
+    told = configured or made_with
     if told is None:
         raise UserError(
             "nothing tells the tokenizer: the config has no data.tokenizer, and the data had no description; "
@@ -87,10 +96,9 @@ def open_tokenizer(
     if made_with is not None and tokenizer.fingerprint != made_with.fingerprint:
         name = named(file or told.type, tokenizer.fingerprint)
         raise UserError(f"it was trained on data made with {made_with}, not with {name}")
-    if tokenizer.vocab_size > config.model.vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{file or told.type} has {tokenizer.vocab_size} token ids, but model.vocab_size is "
-            f"{config.model.vocab_size}"
+            f"{file or told.type} has {tokenizer.vocab_size} token ids, but model.vocab_size is {vocab_size}"
         )
     return tokenizer
 

@@ -35,7 +35,7 @@ The code of the model is in this folder and needs torch and transformers (5.24 o
 ```
 
 Written by megatron-tokenformer, which reads this folder back with
-`python tools/convert_checkpoint.py --from hf --to native --load FOLDER --save CHECKPOINTS`.
+`tokenformer convert_checkpoint --from hf --to native --load FOLDER --save CHECKPOINTS`.
 """
 TOKENFORMER = """\
 A language model whose linear projections are attention to learned key and value tokens (arXiv 2410.23168), so

@@ -83,9 +83,7 @@ def write_hf(
     try:
         make_empty(temporary)
         check_space(folder, doing, parameter_count(portable.model) * kind.itemsize)
-        tokenizer = write_tokenizer(
-            portable.tokenizer, temporary, portable.model.vocab_size, portable.sequence_length
-        )
+        tokenizer = write_tokenizer(portable, temporary)
         write_configuration(portable, temporary, kind, tokenizer.eod_id)
         write_weights(portable, temporary, kind, max_shard_bytes)
         card = model_card(portable, dtype, has_tokenizer=(temporary / "tokenizer.json").exists())

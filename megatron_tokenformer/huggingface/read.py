@@ -54,14 +54,14 @@ def read_hf(folder: Path) -> PortableModel:
     where = str(folder / "config.json")
     model = validate(Model, model_fields(config), where)
     length = validate(Data, {"sequence_length": config.get(SEQUENCE_LENGTH)}, where).sequence_length
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = folder.absolute() / "tokenizer.json"
     return PortableModel(
         model,
         length,
         {} if model.is_dense else _taus(config.get("tau"), where),
         _find_tensors(folder, model),
         Tokenizer(type="HFTokenizer", model=str(tokenizer)) if tokenizer.exists() else None,
-        str(folder.absolute()),
+        origin=str(folder.absolute()),
     )
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_tokenformer.checkpoint.portable import PortableModel
 from megatron_tokenformer.config.schema import Tokenizer
 from megatron_tokenformer.data.hf_tokenizer import read_definition
-from megatron_tokenformer.data.tokenizers import load_tokenizer
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.evaluation.load import open_tokenizer
 
 SAMPLES = (
     "",
@@ -36,22 +37,14 @@ class ExportedTokenizer:
     """what became of it, in a line"""
 
 
-def write_tokenizer(
-    tokenizer: Tokenizer | None, folder: Path, vocab_size: int, length: int
-) -> ExportedTokenizer:
-    """Write the files of a tokenizer into a model's folder, or say why there are none.
-
-    Args:
-        vocab_size: rows of the model's embedding.
-        length: the sequence length of training.
-    """
+def write_tokenizer(portable: PortableModel, folder: Path) -> ExportedTokenizer:
+    """Write the files of a model's tokenizer into its new folder, or say why there are none."""
+    tokenizer = portable.tokenizer
     if tokenizer is None:
         return ExportedTokenizer(None, "tokenizer: none, the checkpoint names none")
     eod_id = None
     try:
-        ours = load_tokenizer(**tokenizer.model_dump())
-        if ours.vocab_size > vocab_size:
-            raise UserError(f"it has {ours.vocab_size:,} ids, the model {vocab_size:,}")
+        ours = open_tokenizer(tokenizer, portable.model.vocab_size, portable.made_with)
         eod_id = ours.eod_id
         with tempfile.TemporaryDirectory() as scratch:
             backend = _backend(tokenizer, Path(scratch))
@@ -60,13 +53,13 @@ def write_tokenizer(
                 tokenizer_object=backend,
                 bos_token=end,
                 eos_token=end,
-                model_max_length=length,
+                model_max_length=portable.sequence_length,
                 padding_side="left",
                 clean_up_tokenization_spaces=False,
             ).save_pretrained(scratch)
             theirs = AutoTokenizer.from_pretrained(scratch)
             for text in SAMPLES:
-                if theirs(text)["input_ids"] != ours.encode(text):
+                if theirs(text, verbose=False)["input_ids"] != ours.encode(text):
                     raise UserError(f"in transformers it gives other ids, as for {text!r}")
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(Path(scratch, name), folder)

@@ -44,7 +44,7 @@ def check_tasks(config: RunConfig, made_with: TokenizerRecord | None) -> None:
     if wanted.include_path is not None and not Path(wanted.include_path).is_dir():
         raise UserError(f"evaluation.include_path={wanted.include_path} is no folder of tasks")
     try:
-        open_tokenizer(config, made_with)
+        open_tokenizer(config.data.tokenizer, config.model.vocab_size, made_with)
     except UserError as error:
         raise UserError(f"evaluation.tasks need the tokenizer: {error}", error.exit_code) from None
 

@@ -67,12 +67,41 @@ def test_the_comparison_sees_one_changed_number(published: Path) -> None:
     assert no_number["share"] > 1e30
 
 
-def test_what_computes_something_else_fails(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_computes_something_else_fails(
+    published: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     native = convert_checkpoint.FORMATS["native"]
     broken = convert_checkpoint.Format(native.read, native.write, lambda path, ids: torch.zeros(2, 32, 64))
     monkeypatch.setitem(convert_checkpoint.FORMATS, "native", broken)
-    with pytest.raises(UserError, match=r"native/step-00000000 does not compute what .* does; do not use it"):
-        convert(published)
+    with pytest.raises(UserError, match=r"does not compute what .* does, so there is no .*/native;"):
+        convert(published, "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["logits"]["share"] == pytest.approx(1.0)
+    assert list(published.parent.iterdir()) == [published]
+    assert convert(published, "--no-verify") == 0
+
+
+def test_what_is_not_compared_yet_has_not_its_name(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native, save = convert_checkpoint.FORMATS["native"], published.parent / "native"
+    (published.parent / ".native.unverified/of a killed one").mkdir(parents=True)
+    (save / ".step-00000000.writing").mkdir(parents=True)
+
+    def logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
+        assert not list(save.glob("step-*"))
+        assert native.logits is not None
+        return native.logits(path, ids)
+
+    looking = convert_checkpoint.Format(native.read, native.write, logits)
+    monkeypatch.setitem(convert_checkpoint.FORMATS, "native", looking)
+    assert convert(published) == 0
+    assert sorted(path.name for path in save.iterdir()) == ["latest", "step-00000000"]
+    assert sorted(published.parent.iterdir()) == [save, published]
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "inf", "-1e-5"])
+def test_a_tolerance_that_is_none_is_refused_at_once(published: Path, tolerance: str) -> None:
+    with pytest.raises(UserError, match=r"--tolerance .* is no share of a logit"):
+        convert(published, f"--tolerance={tolerance}")
+    assert list(published.parent.iterdir()) == [published]
 
 
 def test_weights_that_are_no_numbers_fail(published: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,13 @@ from megatron_tokenformer.checkpoint.portable import PortableModel, read_native,
 from megatron_tokenformer.checkpoint.shards import verify_checkpoint
 from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.schema import Tokenizer
+from megatron_tokenformer.data.provenance import TokenizerRecord
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import full_shapes
 from tests.checkpoint.test_damage import edited
 from tests.toy import DENSE, toy_config
+
+MADE_WITH = TokenizerRecord("ByteTokenizer", fingerprint="0123456789ab", vocab_size=257)
 
 
 def weights(model: PortableModel) -> dict[str, torch.Tensor]:
@@ -35,6 +38,7 @@ def same(first: PortableModel, second: PortableModel) -> bool:
 def test_a_model_comes_back_bit_for_bit(tmp_path: Path, changes: dict[str, object]) -> None:
     config = toy_config(tmp_path, model=changes, data={"tokenizer": {"type": "ByteTokenizer"}})
     source = write_checkpoint(tmp_path / "run/checkpoints", config, ranks=3)  # cut anywhere
+    edited(lambda stored: stored.update(tokenizer=asdict(MADE_WITH)))(source)
     model = read_native(tmp_path / "run")
     assert model.model == config.model
     assert model.sequence_length == 32
@@ -45,6 +49,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path: Path, changes: dict[str, objec
     assert path == find_checkpoint(tmp_path / "portable")
     assert (tmp_path / "portable/latest").read_text() == "step-00000000\n"
     manifest = verify_checkpoint(path)
+    assert manifest.tokenizer == model.made_with == MADE_WITH
     assert (manifest.step, manifest.adam_step, manifest.states) == (0, 0, ["weight"])
     assert [(entry["kind"], entry["from"]) for entry in manifest.history] == [("import", str(source))]
     again = read_native(path)

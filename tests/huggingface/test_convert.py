@@ -59,9 +59,10 @@ def test_another_function_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     wrong.write_text(source.read_text().replace("ROTARY_BASE = 10_000.0", "ROTARY_BASE = 9_000.0"))
     monkeypatch.setattr(modeling_tokenformer, "__file__", str(wrong))
     write_native(portable_model("l2_norm_gelu"), tmp_path / "native")
-    with pytest.raises(UserError, match=r"does not compute what .* does; do not use it") as error:
+    with pytest.raises(UserError, match=r"does not compute what .* does, so there is no .*/other;") as error:
         main(convert("native", tmp_path / "native", "hf", tmp_path / "other"))
     assert error.value.exit_code == 1
+    assert not list(tmp_path.glob("*other*"))
 
 
 def test_the_command_line_tells_a_mistake_in_a_line(tmp_path: Path) -> None:
