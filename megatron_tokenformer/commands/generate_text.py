@@ -206,9 +206,8 @@ def check_text(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        bad = (
-            f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character, \\u{code:04x}"
-        )
+        byte = 0xDC80 <= code <= 0xDCFF  # as surrogateescape makes them
+        bad = f"byte 0x{code - 0xDC00:02x}" if byte else f"half a character, \\u{code:04x}"
         told = f"{where} is not UTF-8 text: character {error.start + 1} is {bad}"
         raise UserError(told, exit_code=1) from None
 

@@ -230,17 +230,19 @@ def test_what_cannot_be_evaluated_is_refused_in_words(
 
 
 def test_a_mistake_in_the_tasks_is_told_before_any_model_is_loaded(
-    trained: RunConfig, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delattr(perplexity, "load_model")
     words = ["--load", trained.run_dir, "--data", trained.data.validation[0][1]]
-    assert main([*words, "--tasks", "no_such_task", "--include-path", folder]) == 2
-    assert "error: no task no_such_task" in capsys.readouterr().err
+    assert main([*words, "--tasks", "toy_choice", "--include-path", "nowhere"]) == 2
+    assert "error: nowhere is no folder of tasks" in capsys.readouterr().err
 
 
 def test_only_a_name_that_some_file_mentions_is_looked_up_in_all_of_them(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(harness.lm_eval.tasks, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "any.yaml").write_text("task: sciq\n")
     asked = []
 
     def manager(include_path: list[Any], include_defaults: bool = True) -> Any:
@@ -265,7 +267,8 @@ def test_figures_are_told_although_tasks_fail_or_the_output_cannot_be_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = trained.data.validation[0][1]
-    words = ["--load", trained.run_dir, "--data", data, "--tasks", "toy_grande", "--include-path", folder]
+    words = ["--load", trained.run_dir, "--data", data, "--max-tokens", "9"]
+    words += ["--tasks", "toy_grande", "--include-path", folder]
     assert main([*words, "--json", "--sequence-length", "3"]) == 1
     *table, last = capsys.readouterr().out.splitlines()
     assert any(line.startswith(data) for line in table)
