@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import select
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 # A write that fails does not know the name of its file.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -15,6 +17,8 @@ TO_BE_CONTINUED = 85
 """exit code of a run that was asked to leave, and saved: the same command goes on"""
 STUCK = 86
 """exit code of a run whose step took too long"""
+NOBODY_READS = 141
+"""exit code of a command whose output goes to one that has ended (`| head`): what shells say of SIGPIPE"""
 ECHO_S = 2.0
 """schedulers and launchers tell all processes of a job what their parents pass on to them, too: a signal that
 comes again within this time is the same request"""
@@ -60,11 +64,19 @@ def in_words(error: Exception) -> UserError:
     raise error
 
 
+def nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream is a pipe or a socket whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def run_cli(main: Callable[[], int | None], program: str | None = None) -> NoReturn:
     """Call ``main`` and leave the process with its exit code.
 
     A mistake of the user's, or a file that cannot be read or written, becomes one line on standard error and
-    an exit code, Ctrl-C becomes 130 as in a shell. Any other exception is a bug of ours and keeps its
+    an exit code, Ctrl-C becomes 130 as in a shell, and a reader of the output that has ended is no error to
+    speak of. Any other exception is a bug of ours and keeps its
     traceback.
 
     Args:
@@ -73,10 +85,20 @@ def run_cli(main: Callable[[], int | None], program: str | None = None) -> NoRet
     if program is not None:
         sys.argv[0] = program
     try:
-        code = main()
+        try:
+            code = main()
+        finally:  # argparse leaves after --help
+            print(end="", flush=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        streams = [stream for stream in (sys.stdout, sys.stderr) if nobody_reads(stream)]
+        if not streams:
+            raise
+        for stream in streams:  # the interpreter flushes them at its end, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(NOBODY_READS)
     except Exception as error:
         told = in_words(error)
         print(f"error: {told}", file=sys.stderr)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tokenformer.commands.command_line import CommandParser
-from megatron_tokenformer.commands.options import LOAD, add_model_arguments
+from megatron_tokenformer.commands.options import LOAD, add_model_arguments, check_output
 from megatron_tokenformer.config.schema import Parallel, resolve_precision
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.durable import replace_durably
-from megatron_tokenformer.errors import UserError, run_cli
+from megatron_tokenformer.errors import run_cli
 from megatron_tokenformer.parallel.environment import find_processes
 from megatron_tokenformer.parallel.telling import tell
 from megatron_tokenformer.quiet import quiet_imports
@@ -136,6 +137,7 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
     # torch takes a second, so --help does without.
     from megatron_tokenformer.evaluation.load import one_device
     from megatron_tokenformer.evaluation.perplexity import evaluate
+    from megatron_tokenformer.evaluation.zero_shot import evaluate_tasks, open_exam
 
     exam = exam_of(given) if given.tasks else None
     opened = open_everywhere(given, layout)
@@ -143,21 +145,24 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
     device = layout.device if layout else one_device()
     given.precision = resolve_precision(given.precision, device.type)
     is_main = layout is None or layout.is_main
-    about = told_about(opened.stored)
+    told = told_about(opened.stored)
     if is_main:
-        print(f"{about['checkpoint']}: step {about['step']}, {about['parameters']:,} parameters")
-    if given.data:
-        scores = evaluate(opened, given.precision, layout)
-        if is_main:
-            about = report(given, opened, scores) | about
-    if exam and tokenizer:
-        from megatron_tokenformer.evaluation.zero_shot import evaluate_tasks
-
-        results = evaluate_tasks(opened.stored, tokenizer, exam, given.precision, layout)
-        if results is not None:
-            about |= report_tasks(given, results)
-    if is_main and given.json:
-        print(json.dumps(about))
+        print(f"{told['checkpoint']}: step {told['step']}, {told['parameters']:,} parameters", flush=True)
+    # Before anything is computed, so that a mistake in their names costs nothing.
+    tasks = open_exam(exam, layout) if exam else None
+    figures: dict[str, Any] = {}
+    results = None
+    try:
+        if given.data:
+            scores = evaluate(opened, given.precision, layout)
+            if is_main:
+                figures |= report(given, opened, scores)
+        if exam and tokenizer:
+            results = evaluate_tasks(opened.stored, tokenizer, exam, tasks, given.precision, layout)
+            if results is not None:
+                figures |= report_tasks(given, results)
+    finally:  # whatever cannot be done, nothing that was found is lost
+        conclude(given, figures and figures | told, results)
     if layout is not None:
         layouts.stop()  # not after a failure: it would wait for ranks that still wait for this one
 
@@ -166,12 +171,10 @@ def exam_of(given: argparse.Namespace) -> Exam:
     """What the options ask for.
 
     Raises:
-        UserError: the harness is not there, a number is too small, or the output's folder is not there.
+        UserError: the harness is not there, or a number is too small.
     """
     from megatron_tokenformer.evaluation.zero_shot import Exam
 
-    if given.output and not given.output.parent.is_dir():
-        raise UserError(f"--output {given.output}: there is no folder {given.output.parent}")
     wanted = {key: getattr(given, key) for key in EXAM}
     return Exam(given.tasks, rows=given.batch_size, bootstrap=BOOTSTRAP, **wanted)
 
@@ -201,20 +204,25 @@ def open_tokenizer(given: argparse.Namespace, stored: Stored, layout: Layout | N
 def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluation:
     """Open checkpoint and data on every rank; what the main rank finds is everyone's checkpoint.
 
+    The main rank, which alone writes, makes sure that --output can be written.
+
     Raises:
         UserError: the main rank's mistake, which is likely everyone's, or names the ranks that cannot.
     """
     from megatron_tokenformer.evaluation.perplexity import open_evaluation
 
     reading = {key: getattr(given, key) for key in READING}
-    if layout is None:
+
+    def open_on_main_rank() -> Evaluation:
+        if given.output:
+            check_output(given.output)
         return open_evaluation(given.load, given.data, given.verify, **reading)
+
+    if layout is None:
+        return open_on_main_rank()
     from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
 
-    def open_on_main_rank() -> Path:
-        return open_evaluation(given.load, given.data, given.verify, **reading).stored.path
-
-    path = from_main_rank(open_on_main_rank)
+    path = from_main_rank(lambda: open_on_main_rank().stored.path)
     opened: list[Evaluation] = []
     on_all_ranks(lambda: opened.append(open_evaluation(path, given.data, **reading)))
     return opened[0]
@@ -248,6 +256,7 @@ def report(given: argparse.Namespace, opened: Evaluation, scores: list[Score]) -
     unknown = [score.name for score in scores if score.bytes is None]
     if unknown:
         print(f"note: no bits per byte: no description tells the text_bytes of {', '.join(unknown)}")
+    sys.stdout.flush()  # tasks may take hours, and a launcher may kill this process meanwhile
     each = [{"data": score.name, "component": score.component, **score.as_json()} for score in scores]
     return {**whole.as_json(), "datasets": each}
 
@@ -257,8 +266,6 @@ def report_tasks(given: argparse.Namespace, results: dict[str, Any]) -> dict[str
     from megatron_tokenformer.evaluation.zero_shot import figures, paper_columns
 
     found = figures(results)
-    if given.output:
-        replace_durably(given.output, json.dumps(results, indent=1, default=str) + "\n")
     width = max(map(len, found))
     for name, value in found.items():
         if "_stderr" not in name:
@@ -272,6 +279,16 @@ def report_tasks(given: argparse.Namespace, results: dict[str, Any]) -> dict[str
     if given.limit is not None:
         print(f"note: of the first {given.limit} documents of each task only")
     return {"tasks": found, "table": columns}
+
+
+def conclude(given: argparse.Namespace, figures: dict[str, Any], results: dict[str, Any] | None) -> None:
+    """Print the figures as JSON and write what the harness found, each even if the other cannot be done."""
+    try:
+        if figures and given.json:
+            print(json.dumps(figures), flush=True)
+    finally:
+        if results is not None and given.output:
+            replace_durably(given.output, json.dumps(results, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

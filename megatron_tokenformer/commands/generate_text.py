@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_tokenformer.commands.command_line import CommandParser
-from megatron_tokenformer.commands.options import LOAD, add_model_arguments
+from megatron_tokenformer.commands.options import LOAD, add_model_arguments, check_output
 from megatron_tokenformer.config.schema import resolve_precision
 from megatron_tokenformer.errors import UserError, run_cli
 
@@ -46,6 +46,10 @@ examples:
   python tools/generate_text.py --load runs/tokenformer-124m --prompt-file prompts.jsonl \\
       --output texts.jsonl --batch-size 64
 """
+
+
+WRITTEN = {"sample", "text", "tokens", "finish"}
+"""what is written of each text beside its prompt"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -92,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.prompt_file:
         told = writer.write_file(prompts)
     else:
-        told = writer.write_to_terminal([given.prompt] if given.prompt is not None else lines_of(sys.stdin))
+        told = writer.write_to_terminal([given.prompt] if given.prompt is not None else typed_prompts())
     if given.json:
         print(json.dumps({"checkpoint": str(stored.path), "step": stored.manifest.step, **told}))
     return 0
@@ -107,14 +111,16 @@ def check(given: argparse.Namespace) -> None:
     for name in ("batch_size", "num_samples", "max_tokens"):
         if getattr(given, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1")
+    if given.prompt is not None:
+        check_text(given.prompt, "--prompt")
     if given.seed < 0:
         raise UserError(f"--seed {given.seed} must be at least 0")
     if "" in given.stop:
         raise UserError("--stop '' would end every text at once")
     if given.output and not given.prompt_file:
         raise UserError("--output is for --prompt-file; what a prompt gives is printed")
-    if given.output and given.output.exists():
-        raise UserError(f"{given.output} already exists; remove it, or name another --output")
+    if given.output:
+        check_output(given.output)
 
 
 def sampling_of(given: argparse.Namespace) -> Sampling:
@@ -138,30 +144,72 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
     """The prompts of a file, with what else its JSON lines hold.
 
     Raises:
-        UserError: a line that is no object with a text in `prompt`, or no prompt at all.
+        UserError: a line that is not text or, of JSON, no row with a prompt; or no prompt at all.
     """
-    with open(path, encoding="utf-8", errors="strict") as file:
-        number = 0
-        try:
-            for line in lines_of(file):
-                number += 1
-                if path.suffix != ".jsonl":
-                    yield {"prompt": line}
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                    raise ValueError('no object with a text in "prompt"')
-                yield row
-        except ValueError as error:  # UnicodeDecodeError is one
-            raise UserError(f"{path}, line {max(number, 1)}: {error}", exit_code=1) from None
-    if number == 0:
+    empty = True
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for line, where in lines_of(file, str(path)):
+            empty = False
+            yield {"prompt": line} if path.suffix != ".jsonl" else read_row(line, where)
+    if empty:
         raise UserError(f"{path} holds no prompt", exit_code=1)
 
 
-def lines_of(file: TextIO) -> Iterator[str]:
-    """Lines without their ends, each as soon as it is there."""
-    for line in file:
-        yield line.rstrip("\n")
+def read_row(line: str, where: str) -> dict[str, Any]:
+    """A prompt as a JSON line, and what else that holds.
+
+    Raises:
+        UserError: it is no object with a text in `prompt`, or holds what is to be written.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}", exit_code=1) from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f'{where}: no object with a text in "prompt"', exit_code=1)
+    taken = sorted(WRITTEN & row.keys())
+    if taken:
+        told = f'"{taken[0]}" is what is written here, and would be lost; give it another name'
+        raise UserError(f"{where}: {told}", exit_code=1)
+    check_text(row["prompt"], where)
+    return row
+
+
+def typed_prompts() -> Iterator[str]:
+    """The lines of standard input, each as soon as it is there."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return (line for line, _ in lines_of(sys.stdin, "standard input"))
+
+
+def lines_of(file: TextIO, name: str) -> Iterator[tuple[str, str]]:
+    """Lines without their ends, and where each is, as soon as it is there.
+
+    The file is one that makes surrogates of what is not text, for else a whole buffer fails, and no line.
+
+    Raises:
+        UserError: a line is not text.
+    """
+    for number, line in enumerate(file, 1):
+        where = f"{name}, line {number}"
+        check_text(line, where)
+        yield line.rstrip("\n"), where
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        UserError: the text holds bytes that are no UTF-8, or half a character.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = 0xDC80 <= code <= 0xDCFF  # as surrogateescape makes them
+        bad = f"byte 0x{code - 0xDC00:02x}" if byte else f"half a character, \\u{code:04x}"
+        told = f"{where} is not UTF-8 text: character {error.start + 1} is {bad}"
+        raise UserError(told, exit_code=1) from None
 
 
 @dataclass

@@ -86,7 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="about this many parameters, such as 757M: all roles in proportion, in multiples of 32 tokens",
     )
-    add("--save", required=True, type=Path, help="folder for the new checkpoint")
+    save = "folder for the new checkpoint; replaces one that an earlier growth left there"
+    add("--save", required=True, type=Path, help=save)
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     add("--shrink", action="store_true", help="take the tokens of least |K| |V| away instead; keeps tau")
     add_rule_options(parser)

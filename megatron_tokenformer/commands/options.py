@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from argparse import ArgumentParser
+from pathlib import Path
+
+from megatron_tokenformer.errors import UserError
 
 LOAD = "a checkpoint, a folder of them, or a run's folder (then the newest)"
 
@@ -17,3 +21,23 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         help="of weights and activations; auto: bf16 on a GPU, fp32 without one (default)",
     )
     add("--verify", action="store_true", help="first read the whole checkpoint and compare its hashes")
+
+
+def check_output(path: Path) -> None:
+    """Refuse an --output that cannot be written, or that is there, before the work of hours that it is for.
+
+    Raises:
+        UserError: says why.
+    """
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file in it")
+    if path.exists():
+        raise UserError(f"{path} already exists; remove it, or name another --output")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):  # rights do not tell: root has all, even in /proc
+            pass
+    except OSError as error:
+        why = f"nothing can be written in {path.parent} ({error.strerror})"
+        raise UserError(f"--output {path}: {why}", exit_code=1) from None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_tokenformer.data.tokenizers import Tokenizer
+from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.sampling import Sampling, choose, penalise
 from megatron_tokenformer.evaluation.text_stream import TextStream
 from megatron_tokenformer.model.cache import Cache
@@ -77,6 +78,9 @@ def generate(
     Args:
         max_tokens: of each text, unless the document ends before or a stop text comes.
         show: called with the number of a prompt and the text that is new, as it comes.
+
+    Raises:
+        UserError: the model gives no numbers.
     """
     rows = [_Row(tokenizer, prompt, stops) for prompt in prompts]
     device = model.embedding.weight.device
@@ -86,6 +90,8 @@ def generate(
     for _ in range(max_tokens):
         # The head's rows that no token has are there for the sake of the ranks: never choose one.
         logits = next_logits(model, tokens, cache)[:, : tokenizer.vocab_size]
+        if not logits.isfinite().all():
+            raise UserError("the model gives no numbers: the checkpoint's weights are of no use", exit_code=1)
         if sampling.repetition_penalty != 1.0:
             logits = penalise(logits, seen[:, : tokenizer.vocab_size], sampling.repetition_penalty)
         draws = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=device)

@@ -74,7 +74,7 @@ class Crew:
             self.serve()
             return None
         try:
-            with self._in_words():
+            with in_words_of(self._convert):
                 result = act()
         except UserError as error:
             if not error.everywhere:  # else it has ended on the others, too
@@ -99,19 +99,21 @@ class Crew:
         return results
 
     def _part(self, kind: Kind, work: Sequence[Any]) -> list[Any]:
-        with self._in_words():
+        with in_words_of(self._convert):
             return self.scorer.score(work) if kind == "score" else self.scorer.write(work)
 
-    @contextmanager
-    def _in_words(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
+
+@contextmanager
+def in_words_of(convert: Callable[[Exception], UserError] | None) -> Iterator[None]:
+    """Make words of what goes wrong; without `convert` a bug stays a bug."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if convert is None:
             raise
-        except Exception as error:
-            if self._convert is None:
-                raise
-            raise self._convert(error) from error
+        raise convert(error) from error
 
 
 def in_short(error: Exception) -> str:

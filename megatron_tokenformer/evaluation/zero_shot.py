@@ -19,12 +19,14 @@ from megatron_tokenformer.config.schema import Precision
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, load_model, one_device
 from megatron_tokenformer.evaluation.scoring import Scorer
-from megatron_tokenformer.evaluation.sharing import Crew
+from megatron_tokenformer.evaluation.sharing import Crew, in_words_of
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed and megatron-core, which one process does without
     from megatron_tokenformer.data.tokenizers import Tokenizer
     from megatron_tokenformer.parallel.layout import Layout
 
+Tasks = dict[str, Any]
+"""of the harness: tasks, groups, and what is in which"""
 COLUMNS = {
     "LAMBADA ppl": "lambada_openai/perplexity",
     "LAMBADA acc": "lambada_openai/acc",
@@ -77,10 +79,40 @@ def need_harness() -> None:
         )
 
 
+def open_exam(
+    exam: Exam, layout: Layout | None = None, convert: Callable[[Exception], UserError] | None = None
+) -> Tasks | None:
+    """The tasks with their documents, on the main rank, which alone reads them; None on the others.
+
+    Args:
+        layout: of the processes that will share the work out; None: one alone.
+        convert: makes words of whatever goes wrong; by default a bug stays a bug.
+
+    Raises:
+        UserError: tasks, or their documents, are not there; on every rank.
+    """
+    opened: list[Tasks] = []
+
+    def act() -> None:
+        with in_words_of(convert):
+            from megatron_tokenformer.evaluation.harness import open_tasks
+
+            opened.append(open_tasks(exam.tasks, exam.include_path, exam.num_fewshot))
+
+    if layout is None:
+        act()
+    else:
+        from megatron_tokenformer.parallel.layout import from_main_rank
+
+        from_main_rank(act)
+    return opened[0] if opened else None
+
+
 def evaluate_tasks(
     stored: Stored,
     tokenizer: Tokenizer,
     exam: Exam,
+    tasks: Tasks | None,
     precision: Precision = "auto",
     layout: Layout | None = None,
     deadline: float | None = None,
@@ -89,12 +121,13 @@ def evaluate_tasks(
     """The harness's results, on the main rank; None on the others.
 
     Args:
+        tasks: as `open_exam` gave them to this rank.
         layout: of the processes that share the work out, each with the whole model; None: one alone.
         deadline: of time.monotonic(), at which to give up.
         convert: makes words of whatever goes wrong; by default a bug stays a bug.
 
     Raises:
-        UserError: tasks that are not there or do not suit the model, a damaged checkpoint, too little memory.
+        UserError: tasks that do not suit the model, a damaged checkpoint, too little memory.
     """
     rank, size = (layout.rank, layout.processes.world_size) if layout else (0, 1)
     device = layout.device if layout else one_device()
@@ -114,15 +147,15 @@ def evaluate_tasks(
 
         on_all_ranks(load)
     crew = Crew(scorers[0], rank, size, convert)
-    return crew.lead(lambda: _sit(crew, stored, exam))
+    return crew.lead(lambda: _sit(crew, stored, exam, tasks))
 
 
-def _sit(crew: Crew, stored: Stored, exam: Exam) -> dict[str, Any]:
-    from megatron_tokenformer.evaluation.harness import HarnessModel, open_tasks, run_tasks
+def _sit(crew: Crew, stored: Stored, exam: Exam, tasks: Tasks | None) -> dict[str, Any]:
+    from megatron_tokenformer.evaluation.harness import HarnessModel, run_tasks
 
-    loaded = open_tasks(exam.tasks, exam.include_path, exam.num_fewshot)
+    assert tasks is not None  # on the main rank, which leads
     model = HarnessModel(crew, exam.sequence_length or stored.config.data.sequence_length)
-    return run_tasks(loaded, model, exam.limit, exam.bootstrap)
+    return run_tasks(tasks, model, exam.limit, exam.bootstrap)
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from megatron_tokenformer.data.provenance import TokenizerRecord
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, checkpoint_tokenizer, open_checkpoint, open_tokenizer
 from megatron_tokenformer.evaluation.sharing import in_short
-from megatron_tokenformer.evaluation.zero_shot import Exam, evaluate_tasks, figures, need_harness
+from megatron_tokenformer.evaluation.zero_shot import Exam, evaluate_tasks, figures, need_harness, open_exam
 from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ def _evaluate(run: Run, path: Path, deadline: float | None) -> dict[str, Any] | 
     tokenizers: list[Tokenizer] = []
     on_all_ranks(lambda: tokenizers.append(checkpoint_tokenizer(stored)))
     exam = Exam(tuple(wanted.tasks), wanted.include_path, wanted.num_fewshot, wanted.limit)
-    return evaluate_tasks(stored, tokenizers[0], exam, run.engine.precision, run.layout, deadline, _in_words)
+    tasks = open_exam(exam, run.layout, _in_words)
+    how = run.engine.precision, run.layout, deadline, _in_words
+    return evaluate_tasks(stored, tokenizers[0], exam, tasks, *how)
 
 
 def _in_words(error: Exception) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -100,3 +101,41 @@ def test_no_command_shows_them_all_and_is_wrong_usage() -> None:
     done = subprocess.run([sys.executable, "-m", "megatron_tokenformer"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "preprocess_data" in done.stdout
+
+
+SAYS_MUCH = """
+import sys
+from megatron_tokenformer.errors import run_cli
+def main():
+    print("x" * {count}, file={stream})
+    {then}
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize("stream", ["sys.stdout", "sys.stderr"])
+@pytest.mark.parametrize("count", [10, 1_000_000])  # within a buffer, and more than a pipe takes
+@pytest.mark.parametrize("then", ["return 0", "sys.exit(0)"])
+def test_a_reader_that_ends_is_no_error_to_speak_of(stream: str, count: int, then: str) -> None:
+    code = SAYS_MUCH.format(count=count, then=then, stream=stream)
+    ending, pipe = os.pipe()
+    os.close(ending)
+    out, err = (pipe, subprocess.PIPE) if stream == "sys.stdout" else (subprocess.PIPE, pipe)
+    ended = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=err)
+    os.close(pipe)
+    assert (ended.returncode, ended.stdout or b"", ended.stderr or b"") == (141, b"", b"")
+
+
+def test_a_pipe_of_another_kind_that_breaks_keeps_its_traceback() -> None:
+    code = (
+        "from megatron_tokenformer.errors import run_cli\ndef main(): raise BrokenPipeError(1)\nrun_cli(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr
+
+
+def test_a_tool_may_be_cut_short() -> None:
+    words = f"{sys.executable} tools/evaluate.py --help | head -c 20; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert ended.stdout.startswith("usage: ") and ended.stdout[20:] in ("141\n", "0\n")

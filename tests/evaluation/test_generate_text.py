@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from megatron_tokenformer.commands.generate_text import main
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.tokenizers import load_tokenizer
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.evaluation import load
 from megatron_tokenformer.evaluation.load import checkpoint_tokenizer, load_model, open_checkpoint
 from tests.descriptions import describe
 from tests.evaluation.models import byte_level_bpe, plain_logits, train_on_text, write_json_lines
@@ -149,7 +151,14 @@ def test_what_cannot_be_meant_is_refused_in_words(
 
 
 @pytest.mark.parametrize(
-    "line, told", [("{}", 'no object with a text in "prompt"'), ("[1", "Expecting"), ("", "holds no prompt")]
+    "line, told",
+    [
+        ("{}", 'no object with a text in "prompt"'),
+        ("[1", "Expecting"),
+        ("", "holds no prompt"),
+        ('{"prompt": "a", "text": "b"}', '"text" is what is written here'),
+        ('{"prompt": "a \\ud800"}', r"is not UTF-8 text: character 3 is half a character, \\ud800"),
+    ],
 )
 def test_a_bad_line_is_named(trained: RunConfig, tmp_path: Path, line: str, told: str) -> None:
     path = tmp_path / "bad.jsonl"
@@ -157,6 +166,58 @@ def test_a_bad_line_is_named(trained: RunConfig, tmp_path: Path, line: str, told
     with pytest.raises(UserError, match=told) as error:
         main(["--load", trained.run_dir, "--prompt-file", str(path)])
     assert not line or "bad.jsonl, line 2" in str(error.value)
+
+
+@pytest.mark.parametrize("trained", ["tokenformer"], indirect=True)
+@pytest.mark.parametrize("locale", ["C.UTF-8", "strict"])
+def test_bytes_that_are_no_text_are_told_where_they_are(
+    trained: RunConfig, tmp_path: Path, locale: str
+) -> None:
+    (tmp_path / "in.txt").write_bytes(b"the\ncat \xff\n")
+    strict = {"PYTHONIOENCODING": "utf-8:strict"} if locale == "strict" else {"LC_ALL": locale}
+    tool = [sys.executable, "tools/generate_text.py", "--load", trained.run_dir, "--max-tokens", "4"]
+
+    def told(*words: str | bytes, stdin: bytes = b"") -> tuple[int, str, str]:
+        ended = subprocess.run(
+            [*tool, *words], cwd=ROOT, env=os.environ | strict, input=stdin, capture_output=True
+        )
+        return ended.returncode, ended.stdout.decode(), ended.stderr.decode().splitlines()[-1]
+
+    code, out, error = told(stdin=b"the\ncat \xff\n")
+    assert (code, out) == (1, "the" + plain_text(trained, "the", 4) + "\n"), "what came before is answered"
+    assert error.startswith("error: standard input, line 2 is not UTF-8 text: character 5 is byte 0xff")
+    code, _, error = told("--prompt-file", str(tmp_path / "in.txt"))
+    assert code == 1 and error.startswith(f"error: {tmp_path}/in.txt, line 2 is not UTF-8 text")
+    code, _, error = told("--prompt", b"\xff\xfe ab")
+    assert code == 1 and error.startswith("error: --prompt is not UTF-8 text: character 1 is byte 0xff")
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_weights_of_no_use_write_nothing(
+    trained: RunConfig, temperature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = load.load_model
+
+    def load_nan(*given: Any) -> Any:
+        model = real(*given)
+        model.embedding.weight.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(load, "load_model", load_nan)
+    with pytest.raises(UserError, match="the checkpoint's weights are of no use"):
+        main(["--load", trained.run_dir, "--prompt", "a", "--temperature", temperature])
+
+
+@pytest.mark.parametrize(
+    "output, told",
+    [("gone/x", "there is no folder"), ("/proc/x", "nothing can be written"), (".", "is a folder")],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path: Path, output: str, told: str
+) -> None:
+    words = ["--prompt-file", str(tmp_path / "none"), "--output", str(tmp_path / output)]
+    with pytest.raises(UserError, match=told):
+        main(["--load", "nowhere", *words])
 
 
 def test_an_output_that_is_there_stays(trained: RunConfig, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +13,15 @@ import torch
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from megatron_tokenformer.checkpoint.store import find_checkpoint
+from megatron_tokenformer.commands import evaluate as commands
 from megatron_tokenformer.commands.evaluate import main
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.tokenizers import ByteTokenizer
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.evaluation import harness, scoring, zero_shot
+from megatron_tokenformer.evaluation import harness, perplexity, scoring, zero_shot
 from megatron_tokenformer.evaluation.load import checkpoint_tokenizer, open_checkpoint
 from megatron_tokenformer.evaluation.scoring import Scorer, Window
-from megatron_tokenformer.evaluation.zero_shot import Exam, evaluate_tasks, figures, paper_columns
+from megatron_tokenformer.evaluation.zero_shot import Exam, evaluate_tasks, figures, open_exam, paper_columns
 from megatron_tokenformer.parallel.layout import Layout
 from tests.evaluation.models import byte_model, plain_logits, train_on_text
 from tests.evaluation.tasks import QUESTIONS, TASKS, Plain, write_tasks
@@ -113,7 +114,8 @@ def evaluate_here(
     stored = open_checkpoint(run_dir)
     exam = Exam(tuple(names), folder, rows=2)
     try:
-        results = evaluate_tasks(stored, checkpoint_tokenizer(stored), exam, layout=layout)
+        tasks = open_exam(exam, layout)
+        results = evaluate_tasks(stored, checkpoint_tokenizer(stored), exam, tasks, layout=layout)
     except UserError as error:
         assert error.everywhere
         return str(error)
@@ -122,7 +124,8 @@ def evaluate_here(
 
 def test_several_processes_find_what_one_does_and_end_together(trained: RunConfig, folder: str) -> None:
     stored = open_checkpoint(trained.run_dir)
-    alone = evaluate_tasks(stored, checkpoint_tokenizer(stored), Exam(tuple(TASKS), folder))
+    exam = Exam(tuple(TASKS), folder)
+    alone = evaluate_tasks(stored, checkpoint_tokenizer(stored), exam, open_exam(exam))
     assert alone is not None
     first, *others = run_ranks(3, evaluate_here, trained.run_dir, folder, list(TASKS))
     assert others == [None, None]
@@ -197,11 +200,14 @@ def test_the_papers_tasks_are_the_harness_s(name: str) -> None:
 @pytest.mark.parametrize(
     "words, code, told",
     [
-        (["--tasks", "gone"], 2, "no task gone in lm-evaluation-harness or .*own"),
+        (["--tasks", "toy_choice,no_such_task"], 2, "no task no_such_task in lm-evaluation-harness or .*own"),
         (["--include-path", "nowhere"], 2, "nowhere is no folder of tasks"),
         (["--limit", "0"], 2, "--limit 0 is too small; it must be at least 1"),
         (["--batch-size", "0"], 2, "--batch-size 0 is too small"),
         (["--output", "no/where.json"], 2, "there is no folder no"),
+        (["--output", "tests"], 2, "--output tests is a folder"),
+        (["--output", "pyproject.toml"], 2, "pyproject.toml already exists; remove it, or name another"),
+        (["--output", "/proc/x.json"], 1, "--output /proc/x.json: nothing can be written in /proc"),
         (["--sequence-length", "3"], 1, "a continuation has [0-9]+ tokens, and the model sees 3"),
         (["--tasks", "toy_write", "--sequence-length", "6"], 1, "up to 6 tokens, and the model sees 6"),
     ],
@@ -215,13 +221,79 @@ def test_what_cannot_be_evaluated_is_refused_in_words(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # To look for a name in all of the harness's files takes half a minute.
-    monkeypatch.setattr(harness, "TaskManager", partial(harness.TaskManager, include_defaults=False))
+    monkeypatch.chdir(Path(__file__).parents[2])
     given = ["--load", trained.run_dir, "--tasks", "toy_choice", "--include-path", folder]
     assert main([*given, *words]) == code
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert re.search(told, error), error
+
+
+def test_a_mistake_in_the_tasks_is_told_before_any_model_is_loaded(
+    trained: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(perplexity, "load_model")
+    words = ["--load", trained.run_dir, "--data", trained.data.validation[0][1]]
+    assert main([*words, "--tasks", "toy_choice", "--include-path", "nowhere"]) == 2
+    assert "error: nowhere is no folder of tasks" in capsys.readouterr().err
+
+
+def test_only_a_name_that_some_file_mentions_is_looked_up_in_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness.lm_eval.tasks, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "any.yaml").write_text("task: sciq\n")
+    asked = []
+
+    def manager(include_path: list[Any], include_defaults: bool = True) -> Any:
+        asked.append(include_defaults)
+        return SimpleNamespace(all_tasks=["piqa", *["sciq"] * include_defaults])
+
+    monkeypatch.setattr(harness, "TaskManager", manager)
+    harness._manager(["piqa"], None)
+    assert asked == [False]
+    harness._manager(["sciq"], None)
+    assert asked == [False, False, True]
+    with pytest.raises(UserError, match="no task no_such_task in lm"):
+        harness._manager(["sciq", "no_such_task"], None)
+    assert asked == [False, False, True, False]
+
+
+def test_figures_are_told_although_tasks_fail_or_the_output_cannot_be_written(
+    trained: RunConfig,
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = trained.data.validation[0][1]
+    words = ["--load", trained.run_dir, "--data", data, "--max-tokens", "9"]
+    words += ["--tasks", "toy_grande", "--include-path", folder]
+    assert main([*words, "--json", "--sequence-length", "3"]) == 1
+    *table, last = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(data) for line in table)
+    assert json.loads(last)["val_ppl"] > 1.0 and "tasks" not in json.loads(last)
+
+    (tmp_path / "out").mkdir()
+    found = commands.report_tasks
+
+    def lose_the_folder(*given: Any) -> dict[str, Any]:
+        (tmp_path / "out").rmdir()
+        return found(*given)
+
+    monkeypatch.setattr(commands, "report_tasks", lose_the_folder)
+    assert main([*words, "--json", "--output", str(tmp_path / "out" / "all.json")]) == 1
+    told = capsys.readouterr()
+    assert "toy_grande/acc" in json.loads(told.out.splitlines()[-1])["tasks"]
+    assert re.search(r"error: .*all\.json.*: No such file", told.err)
+
+    def print_to_nobody(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(commands, "report_tasks", print_to_nobody)
+    with pytest.raises(BrokenPipeError):
+        main([*words, "--output", str(tmp_path / "all.json")])
+    assert "toy_grande" in json.loads((tmp_path / "all.json").read_text())["results"]
 
 
 def test_documents_that_cannot_be_had_are_told(
