@@ -6,19 +6,35 @@ starts four of them pays tenths of a second, not the half minute of their import
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_tokenformer.config.schema import Parallel
-from megatron_tokenformer.parallel.environment import find_processes, free_port
+from megatron_tokenformer.parallel.environment import find_processes
 
 PRELOADED = ["tests.preload"]
 TIMEOUT_S = 300
 
+
+def _free_ports() -> Iterator[int]:
+    """TCP ports below those that the system gives to connections, so that none takes one meanwhile."""
+    lowest, count = 10_000, 20_000
+    for number in itertools.count(os.getpid() * 101):  # processes that test at once begin far apart
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", lowest + number % count))
+            except OSError:
+                continue
+        yield lowest + number % count
+
+
+_ports = _free_ports()
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
 
@@ -33,7 +49,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, **
     Raises:
         AssertionError: a rank raised (its traceback is the message), died, or did not end.
     """
-    port = free_port()
+    port = next(_ports)
     parallel = Parallel(**{"timeout_minutes": 1.0, **layout})
     pipes, processes = [], []
     for rank in range(world_size):
