@@ -1,6 +1,7 @@
 # make demo    install into .venv, then run the main job on real text (examples/demo/run.sh)
 # make test    the tests
 # make test-cluster  those on pretend hosts and a real SLURM, as root (tests/cluster/needs.py)
+# make test-nodes    lose a host in the middle of a schedule, four times; as test-cluster
 # make test-faults  kill a running schedule thirty times, for a quarter of an hour
 # make lint    ruff
 # make docs    the documentation as a site, in site/
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 PYTHON := python3
 
-.PHONY: demo install install-dev test test-cluster test-faults lint docs clean
+.PHONY: demo install install-dev test test-cluster test-nodes test-faults lint docs clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python examples/demo/run.sh
@@ -27,7 +28,11 @@ test: $(DEVELOPMENT)
 
 test-cluster: $(DEVELOPMENT)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m tests.cluster.needs
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m cluster tests/cluster
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m 'cluster and not nodes' tests/cluster
+
+test-nodes: $(DEVELOPMENT)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m tests.cluster.needs
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m nodes tests/cluster
 
 test-faults: $(DEVELOPMENT)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m faults tests/faults
