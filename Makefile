@@ -13,6 +13,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 PYTHON := python3
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo install install-dev test test-cluster test-nodes test-faults lint docs clean
 
@@ -48,14 +49,17 @@ clean:
 	rm -rf $(VENV) runs/demo site build dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# DeepSpeed is built from its source, for which pip wants `wheel`.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(PYTHON) -m venv $(VENV) && $(PIP) wheel || { rm -rf $(VENV); exit 1; }
 
 $(INSTALLED): requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . --no-deps
+	@echo "installing into $(VENV): torch, DeepSpeed and more, which takes minutes"
+	$(PIP) -r requirements.txt
+	$(PIP) -e . --no-deps
 	touch $@
 
 $(DEVELOPMENT): requirements-dev.txt $(INSTALLED)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "installing what tests and docs need into $(VENV)"
+	$(PIP) -r requirements-dev.txt
 	touch $@

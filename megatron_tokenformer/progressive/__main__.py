@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import shlex
 import signal
+import sys
 
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.progressive.chain import (
@@ -20,12 +21,12 @@ from megatron_tokenformer.progressive.chain import (
     this_job,
 )
 from megatron_tokenformer.progressive.execute import Asked
-from megatron_tokenformer.progressive.journal import read_journal
+from megatron_tokenformer.progressive.journal import Journal, read_journal
 from megatron_tokenformer.progressive.launchers import LAUNCHERS, grow_command
 from megatron_tokenformer.progressive.lock import exclusive
 from megatron_tokenformer.progressive.plan import Plan, load_plan
 from megatron_tokenformer.progressive.report import write_report
-from megatron_tokenformer.progressive.stages import Machine, dry_run, run_stages
+from megatron_tokenformer.progressive.stages import Machine, dry_run, pending, run_stages
 
 CHAIN = "slurm"
 
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = Asked()
     with asked.listening(signal.SIGUSR1), exclusive(plan.folder) as lock, requeued:
         journal = read_journal(plan.folder)
+        _look_for_data(plan, journal, given)
         run_stages(Machine(plan, launcher, grow_command, journal, lock, asked, given.stage))
         try:
             _report(plan)
@@ -92,6 +94,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="changes to the schedule")
     # Overrides may stand before or after options, as in `... launch.nodes=4 --dry-run common.model.layers=2`.
     return parser.parse_intermixed_args(argv)
+
+
+def _look_for_data(plan: Plan, journal: Journal, given: argparse.Namespace) -> None:
+    """Refuse now what a stage would miss days later, unless its hosts are others than this one."""
+    elsewhere = given.launcher == "deepspeed" and plan.launch.hostfile is not None
+    for stage, step in pending(plan, journal):
+        if step == "train" and given.stage in (None, stage.name):
+            try:
+                stage.require_data()
+            except UserError as error:
+                if not elsewhere:
+                    raise
+                there = f"the hosts of {plan.launch.hostfile} must have it"
+                print(f"warning: {error}; {there}", file=sys.stderr)
 
 
 def _submit(plan: Plan, given: argparse.Namespace) -> int:

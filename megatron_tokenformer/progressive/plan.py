@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_tokenformer.config.growth import Growth, check_any_growth
 from megatron_tokenformer.config.load import Tree, merge, parse_override, read_yaml, validate
 from megatron_tokenformer.config.schema import RunConfig, check_world
+from megatron_tokenformer.data.pair import require_pair
 from megatron_tokenformer.data.provenance import TokenizerRecord, one_tokenizer, read_tokenizer
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.progressive.schema import Launch, Schedule, StageConfig
@@ -56,6 +57,21 @@ class Stage:
         if parallel.sequence and parallel.tensor > 1:
             words.insert(1, "sequence")
         return ", ".join(words) or "1 process"
+
+    @property
+    def prefixes(self) -> list[str]:
+        """The datasets that it reads."""
+        return [prefix for _, prefix in (*self.config.data.train, *self.config.data.validation)]
+
+    def require_data(self) -> None:
+        """See that the files of all its datasets are on this host.
+
+        Raises:
+            UserError: one is missing; with a guess at what was meant.
+        """
+        for prefix in self.prefixes:
+            with _naming(f"stage '{self.name}'"):
+                require_pair(prefix)
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,7 @@ def _resolve(schedule: Schedule, wanted: StageConfig, path: Path, previous: Stag
 
 def _tokenizers(stages: list[Stage]) -> Iterator[tuple[str, TokenizerRecord | None]]:
     for stage in stages:
-        for _, prefix in (*stage.config.data.train, *stage.config.data.validation):
+        for prefix in stage.prefixes:
             yield prefix, read_tokenizer(prefix)
 
 

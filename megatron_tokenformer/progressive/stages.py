@@ -73,6 +73,8 @@ def run_stages(machine: Machine) -> None:
     todo = pending(machine.plan, machine.journal)
     if machine.only is not None:
         todo = _of_one_stage(todo, machine.only)
+    if not todo:
+        print(f"== {f'stage {machine.only}' if machine.only else 'every stage'}: done", flush=True)
     for stage in machine.plan.stages:
         if any(stage is waiting for waiting, _ in todo):
             stage.folder.mkdir(parents=True, exist_ok=True)
