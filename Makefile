@@ -1,7 +1,6 @@
 # make demo    install into .venv, then run the main job on real text (examples/demo/run.sh)
 # make test    the tests
 # make test-cluster  those on pretend hosts and a real SLURM, as root (tests/cluster/needs.py)
-# make test-nodes    lose a host in the middle of a schedule, four times; as test-cluster
 # make test-faults  kill a running schedule thirty times, for a quarter of an hour
 # make lint    ruff
 # make docs    the documentation as a site, in site/
@@ -15,7 +14,7 @@ DEVELOPMENT := $(VENV)/.installed-dev
 PYTHON := python3
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo install install-dev test test-cluster test-nodes test-faults lint docs clean
+.PHONY: demo install install-dev test test-cluster test-faults lint docs clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python examples/demo/run.sh
@@ -29,11 +28,7 @@ test: $(DEVELOPMENT)
 
 test-cluster: $(DEVELOPMENT)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m tests.cluster.needs
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m 'cluster and not nodes' tests/cluster
-
-test-nodes: $(DEVELOPMENT)
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m tests.cluster.needs
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m nodes tests/cluster
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m cluster tests/cluster
 
 test-faults: $(DEVELOPMENT)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m pytest -n 0 -m faults tests/faults
