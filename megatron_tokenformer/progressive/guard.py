@@ -20,6 +20,7 @@ from types import FrameType
 
 from megatron_tokenformer.errors import is_second
 
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LINGER_SECONDS = 60.0
 """how long ranks may take to save and end when they are told to"""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
         elif is_second(told[0], told[-1]):
             _signal(_living(), signal.SIGKILL)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in ASKING:
         signal.signal(number, stop)
     kernel = ctypes.CDLL(None)
     # Who loses its launcher becomes a child of ours; torchrun gives each rank a session of its own.
@@ -58,6 +59,9 @@ def main(argv: list[str]) -> int:
         child.send_signal(leave)
     code = child.wait()
     _end_rest()
+    # The interpreter's end gives every handler back, and a signal in it would take the exit code's place.
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
     return code if code >= 0 else 128 - code
 
 

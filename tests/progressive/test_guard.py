@@ -72,6 +72,16 @@ def test_what_is_told_to_all_processes_at_once_is_one_request(tmp_path: Path) ->
     assert told.read_text() == "saved\n"
 
 
+def test_signals_while_it_ends_do_not_change_the_exit_code(tmp_path: Path) -> None:
+    script = f"trap 'exit 85' TERM; echo $$ > {tmp_path / 'pid'}; sleep 60 & wait"
+    guard = subprocess.Popen([*GUARD, str(os.getpid()), "bash", "-c", script])
+    read_pid(tmp_path / "pid")
+    guard.send_signal(signal.SIGTERM)
+    while guard.poll() is None:
+        guard.send_signal(signal.SIGUSR1)
+    assert guard.returncode == 85
+
+
 def test_a_launcher_is_asked_in_its_own_way(tmp_path: Path) -> None:
     """srun kills its ranks when it gets SIGTERM, and hands SIGUSR1 on to them."""
     script = f"trap 'exit 85' USR1; echo $$ > {tmp_path / 'pid'}; sleep 60 & wait"
