@@ -32,6 +32,7 @@ def study(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_variants_are_trained_once_and_compared(tmp_path: Path) -> None:
     write_tokens(tmp_path)
     words = ("--steps", "2", "--variants", "tau kept", "random keys, tau annealed")

@@ -62,6 +62,7 @@ def write_texts(path: Path, texts: list[str]) -> None:
     path.write_bytes(zstandard.compress(lines.encode()))
 
 
+@pytest.mark.long
 def test_the_first_real_run_of_the_readme(tmp_path: Path) -> None:
     texts = [
         path.read_text(encoding="utf-8") for path in sorted((ROOT / "megatron_tokenformer").rglob("*.py"))

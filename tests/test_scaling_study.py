@@ -71,6 +71,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
 
 
+@pytest.mark.long
 def test_arms_are_trained_once_and_compared(tmp_path: Path) -> None:
     path = minuscule(tmp_path)
     done = study(tmp_path, "--config", path)

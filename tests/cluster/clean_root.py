@@ -22,7 +22,8 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[2]
 # What a host has for the network: not of the image, and an engine would bring it too.
-BORROWED = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt")
+BORROWED = ("/etc/resolv.conf", "/etc/hosts")
+TRUSTED = Path("/etc/ssl/certs/ca-certificates.crt")
 # The mounts end with the namespace, however a step ends.
 ENTER = """\
 set -e
@@ -128,6 +129,9 @@ def main(argv: list[str]) -> int:
     root = given.folder.absolute()
     if not (root / "usr").exists():
         subprocess.run(["debootstrap", "--variant=minbase", given.suite, root, *given.mirror], check=True)
+        if TRUSTED.exists():
+            (root / "usr/local/share/ca-certificates").mkdir()
+            shutil.copy(TRUSTED, root / "usr/local/share/ca-certificates/host.crt")
     image = Image(root, [path for path in (*BORROWED, *given.bind) if os.path.exists(path)])
     for instruction, what in instructions((REPO / "Dockerfile").read_text()):
         image.step(instruction, what)

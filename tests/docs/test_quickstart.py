@@ -24,6 +24,7 @@ FEWER = {
 }
 
 
+@pytest.mark.long
 def test_the_quick_start(tmp_path: Path) -> None:
     script = "set -e\n" + "\n".join(code_blocks("quickstart.md", "bash"))
     for text, less in FEWER.items():

@@ -70,6 +70,7 @@ def losses(folder: Path) -> list[list[tuple[int, float | None, float | None]]]:
     ]
 
 
+@pytest.mark.long
 def test_a_schedule_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     straight = start(schedule(tmp_path, "straight"), "deepspeed")
     said, _ = straight.communicate(timeout=300)

@@ -29,6 +29,7 @@ def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
 
 
+@pytest.mark.long
 def test_figures_are_those_of_the_models_on_two_tensor_ranks(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     launcher += ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
