@@ -3,6 +3,8 @@
     python -m tests.cluster.clean_root FOLDER              # its steps
     python -m tests.cluster.clean_root FOLDER make test    # and a command, as its user
 
+A root that has had the steps is used again for other commands: only files are copied anew.
+
 As root, with debootstrap.  The base is not the image's (no CUDA, and Debian's packages in place of
 Ubuntu's), so this shows that the steps fit together and that what they install is enough.
 """
@@ -49,6 +51,8 @@ class Image:
 
     root: Path
     binds: list[str]
+    is_made: bool
+    """its RUN steps are done"""
     user: str = "0"
     folder: str = "/"
     variables: dict[str, str] = field(default_factory=dict)
@@ -60,7 +64,8 @@ class Image:
             SystemExit: a command failed.
         """
         if instruction == "RUN":
-            self.run(["sh", "-c", given])
+            if not self.is_made:
+                self.run(["sh", "-c", given])
         elif instruction == "USER":
             self.user = given
         elif instruction == "WORKDIR":
@@ -92,17 +97,17 @@ class Image:
         return {**own, "PATH": path, "HOME": home, "LANG": "C.UTF-8", **self.variables}
 
     def _copy(self, given: str) -> None:
-        """Tracked files alone, which is less than an engine would see."""
+        """Tracked files that .dockerignore leaves, which is less than an engine would see."""
         *sources, target = [word for word in given.split() if not word.startswith("--")]
         into = self.root / Path(self.folder, target).relative_to("/")
         into.mkdir(parents=True, exist_ok=True)
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", *sources], cwd=REPO, capture_output=True, text=True, check=True
-        )
+        ignored = [f":(exclude){line}" for line in (REPO / ".dockerignore").read_text().split()]
+        command = ["git", "ls-files", "-z", *sources, *ignored]
+        listed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
         for name in filter(None, listed.stdout.split("\0")):
             to = into / (name if sources == ["."] else Path(name).name)
             to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPO / name, to)
+            shutil.copy2(REPO / name, to)
         subprocess.run(["chown", "-R", f"{self.user}:{self.user}", into], check=True)
 
 
@@ -127,14 +132,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="to run then, in the project's folder")
     given = parser.parse_args(argv)
     root = given.folder.absolute()
-    if not (root / "usr").exists():
+    made = root / "made"
+    if root.exists() and not made.exists():
+        raise SystemExit(f"error: {root} has not had all steps; remove it, or name another")
+    if not root.exists():
         subprocess.run(["debootstrap", "--variant=minbase", given.suite, root, *given.mirror], check=True)
         if TRUSTED.exists():
             (root / "usr/local/share/ca-certificates").mkdir()
             shutil.copy(TRUSTED, root / "usr/local/share/ca-certificates/host.crt")
-    image = Image(root, [path for path in (*BORROWED, *given.bind) if os.path.exists(path)])
+    binds = [path for path in (*BORROWED, *given.bind) if os.path.exists(path)]
+    image = Image(root, binds, made.exists())
     for instruction, what in instructions((REPO / "Dockerfile").read_text()):
         image.step(instruction, what)
+    made.touch()
     if given.command:
         image.run(given.command)
     return 0
