@@ -7,10 +7,11 @@ positions are counted over; DeepSpeed's topology makes the rest, among it one li
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,7 +19,6 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
@@ -26,7 +26,9 @@ from megatron_tokenformer.config.schema import Parallel
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel import lifeline
 from megatron_tokenformer.parallel.collectives import TensorParallel
+from megatron_tokenformer.parallel.device import device_kind, take_device
 from megatron_tokenformer.parallel.environment import Processes, free_port
+from megatron_tokenformer.parallel.open_files import allow_open_files
 from megatron_tokenformer.parallel.placement import describe_placement
 from megatron_tokenformer.parallel.roll_call import open_store, roll_call
 from megatron_tokenformer.quiet import quiet_start
@@ -84,15 +86,17 @@ def start(parallel: Parallel, processes: Processes) -> Layout:
         processes: who this process is (`environment.find_processes`).
 
     Raises:
-        UserError: the processes do not find each other, or there are more than GPUs on this host.
+        UserError: the processes do not find each other, there are more than GPUs on this host,
+            or its GPUs do not work.
     """
     # torch 2.13 renames collectives that DeepSpeed, and we for the sake of 2.11, call by their old names.
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    allow_open_files(processes)
     meeting, hosts = _meet(parallel, processes)
     if processes.launcher == "srun" and torch.cuda.device_count() == 1:
         processes = replace(processes, local_rank=0)  # --gpus-per-task shows each task its own GPU only
-    device = _device(processes)
+    device = take_device(processes)
     timeout = timedelta(minutes=parallel.timeout_minutes)
     _join(processes, device, timeout)
     del meeting  # rank 0 serves it until torch's own meeting has taken it over
@@ -157,26 +161,10 @@ def on_all_ranks(act: Callable[[], Result], group: dist.ProcessGroup | None = No
     return [result for result, _ in everyone]
 
 
-def limit_grid_timeouts(grid: object, timeout: timedelta) -> None:
-    """Give the groups that DeepSpeed's grid made the run's time-out; it makes them with 30 minutes."""
-    for name in ("ds_model_proc_group", "dp_proc_group", "pp_proc_group", "slice_proc_group"):
-        group = getattr(grid, name, None)
-        if group is not None:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def _device(processes: Processes) -> torch.device:
-    """This process's GPU, or the CPU if there is none or DS_ACCELERATOR=cpu says so."""
-    if get_accelerator().device_name() == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if processes.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {processes.local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-            f"start as many processes on it as it has GPUs, or set DS_ACCELERATOR=cpu to use none",
-            exit_code=1,
-        )
-    torch.cuda.set_device(processes.local_rank)
-    return torch.device("cuda", processes.local_rank)
+def limit_timeouts(timeout: timedelta) -> None:
+    """Give all groups of this process the run's time-out; DeepSpeed makes its own with torch's defaults."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _meet(parallel: Parallel, processes: Processes) -> tuple[dist.Store | None, list[str]]:
@@ -189,7 +177,7 @@ def _meet(parallel: Parallel, processes: Processes) -> tuple[dist.Store | None, 
         return None, [socket.gethostname()]
     patience = timedelta(minutes=parallel.join_minutes)
     store = open_store(processes, patience)
-    hosts = roll_call(store, processes, patience)
+    hosts = roll_call(store, processes, patience, device_kind())
     if processes.rank == 0:
         print("\n".join(describe_placement(hosts, parallel, processes.launcher)), flush=True)
     lifeline.start(store, processes, hosts)
@@ -206,20 +194,25 @@ def _join(processes: Processes, device: torch.device, timeout: timedelta) -> Non
         # On CPU DeepSpeed compiles a shared-memory collective for inference at every first start: 40 s, and
         # a crash without a compiler.  An empty table of compatible operators leaves it out.
         deepspeed.ops.__compatible_ops__ = {}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with quiet_start(), _explained("NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"):
+        # Not by DeepSpeed, which would bind the GPU to the group: then every later group is a collective of
+        # all ranks, thousands of them at a thousand ranks, and connects at once, whether it is used or not.
+        dist.init_process_group(backend, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+
+
+@contextlib.contextmanager
+def _explained(variable: str) -> Iterator[None]:
+    """Say what may help where ranks that have met do not reach each other."""
     try:
-        with quiet_start():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo",
-                auto_mpi_discovery=False,
-                timeout=timeout,
-            )
+        yield
     except (dist.DistError, RuntimeError) as error:
         if lifeline.ends_because_of_another(0.0):
             raise
-        name = "NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME"
         raise UserError(
             f"{socket.gethostname()} reached rank 0, but not all other ranks; if hosts have several "
-            f"networks, name the one that they share in {name} ({str(error).splitlines()[0]})",
+            f"networks, name the one that they share in {variable} ({str(error).splitlines()[0]})",
             exit_code=1,
         ) from None
 
@@ -245,6 +238,8 @@ def _locate(
         parallel.tensor,
         parallel.sequence and parallel.tensor > 1,
     )
+    with _explained("GLOO_SOCKET_IFNAME"):
+        checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
     return Layout(
         processes=processes,
         hosts=tuple(hosts),
@@ -255,7 +250,7 @@ def _locate(
         data_rank=here.data,
         data_size=data_size,
         data_group=parallel_state.get_data_parallel_group(),
-        checkpoint_group=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint_group=checkpoint_group,
         device=device,
         timeout=timeout,
     )

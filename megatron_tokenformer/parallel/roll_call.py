@@ -45,11 +45,15 @@ def open_store(processes: Processes, patience: timedelta) -> dist.Store:
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def roll_call(store: dist.Store, processes: Processes, patience: timedelta) -> list[str]:
+def roll_call(store: dist.Store, processes: Processes, patience: timedelta, device: str) -> list[str]:
     """Wait until every rank has signed; the hosts of all ranks, in order.
 
+    Args:
+        device: this rank's `device_kind`.
+
     Raises:
-        UserError: names the ranks and hosts that did not come, or one that came twice; on every rank.
+        UserError: names the ranks and hosts that did not come, or have no GPU where others do, or one that
+            came twice; on every rank.
     """
     rank, host = processes.rank, socket.gethostname()
     if store.add(f"signatures/{rank}", 1) > 1:
@@ -57,6 +61,7 @@ def roll_call(store: dist.Store, processes: Processes, patience: timedelta) -> l
         twice = f"two processes are rank {rank}, on {other} and on {host}; give each host its own node rank"
         store.set("answer", json.dumps({"error": twice}))
     else:
+        store.set(f"device/{rank}", device)
         store.set(f"host/{rank}", host)
         store.add("arrived", 1)
     if rank == 0:
@@ -83,8 +88,11 @@ def _await_all(store: dist.Store, processes: Processes, patience: timedelta) -> 
     while not store.check(["answer"]):
         now = time.monotonic()
         if store.add("arrived", 0) == world:
-            hosts = [store.get(f"host/{rank}").decode() for rank in range(world)]
-            store.set("answer", json.dumps({"hosts": hosts}))
+            hosts, kinds = (
+                [store.get(f"{what}/{rank}").decode() for rank in range(world)] for what in ("host", "device")
+            )
+            error = _mixture(kinds, hosts)
+            store.set("answer", json.dumps({"error": error} if error else {"hosts": hosts}))
         elif now - begun > patience.total_seconds():
             missing = _missing(store, processes)
             store.set("answer", json.dumps({"error": f"after {now - begun:.0f} s {missing}"}))
@@ -92,6 +100,18 @@ def _await_all(store: dist.Store, processes: Processes, patience: timedelta) -> 
             told = now
             print(f"waiting: after {now - begun:.0f} s {_missing(store, processes)}", flush=True)
         time.sleep(_LOOK_S)
+
+
+def _mixture(kinds: list[str], hosts: list[str]) -> str | None:
+    """What to say if some ranks have a GPU and others none: each would wait for the others in its own way."""
+    without = [rank for rank, kind in enumerate(kinds) if kind == "cpu"]
+    if len(without) in (0, len(kinds)):
+        return None
+    where = ", ".join(dict.fromkeys(hosts[rank] for rank in without))
+    return (
+        f"rank {ranges(without)} on {where} finds no GPU, and other ranks do; see what nvidia-smi says "
+        f"there, or export DS_ACCELERATOR=cpu for all"
+    )
 
 
 def _missing(store: dist.Store, processes: Processes) -> str:
@@ -114,7 +134,8 @@ def _missing(store: dist.Store, processes: Processes) -> str:
 def _no_store(processes: Processes, serves: bool, patience: timedelta, error: Exception) -> str:
     address, port = processes.master_address, processes.master_port
     if serves and "EADDRINUSE" in str(error):
-        return f"port {port} of {socket.gethostname()} is in use, by another run?; export another MASTER_PORT"
+        host = socket.gethostname()
+        return f"port {port} of {host} is in use, perhaps by another run; export another MASTER_PORT"
     try:
         socket.getaddrinfo(address, port)
     except OSError:

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils.timer import NoopTimer
 
 from megatron_tokenformer.config.memory import REDUCE_BUCKET
 from megatron_tokenformer.config.schema import Precision, RunConfig, resolve_precision
@@ -22,7 +23,7 @@ from megatron_tokenformer.config.stages import stage_bounds
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
 from megatron_tokenformer.model.pipeline import PipelineLayer, language_model_loss, pipeline_layers
-from megatron_tokenformer.parallel.layout import Layout, limit_grid_timeouts
+from megatron_tokenformer.parallel.layout import Layout, limit_timeouts
 from megatron_tokenformer.quiet import quiet_start
 from megatron_tokenformer.training.micro_losses import MicroBatchLosses
 from megatron_tokenformer.training.optimizer import build_adamw
@@ -79,7 +80,9 @@ def build_engine(config: RunConfig, layout: Layout, accumulation: int) -> Engine
             config=deepspeed_config(config, precision, accumulation),
             dist_init_required=False,
         )
-    limit_grid_timeouts(engine.grid, layout.timeout)
+    # One that is never read keeps two events of every step.
+    engine.timers = NoopTimer()
+    limit_timeouts(layout.timeout)
     return Engine(engine, precision, losses)
 
 

@@ -29,7 +29,7 @@ from megatron_tokenformer.errors import UserError
 lifeline.GRACE_S = 0.0
 here = find_processes()
 store = open_store(here, timedelta(seconds=60))
-lifeline.start(store, here, roll_call(store, here, timedelta(seconds=60)))
+lifeline.start(store, here, roll_call(store, here, timedelta(seconds=60), "cpu"))
 if rank == 2:
     if ending == "error":
         sys.exit(tell(UserError("no room on the disk", 1)))

@@ -14,10 +14,10 @@ from megatron_tokenformer.parallel import roll_call
 from megatron_tokenformer.parallel.environment import Processes, free_port
 
 
-def call(port: int, rank: int, world: int, seconds: float) -> list[str]:
+def call(port: int, rank: int, world: int, seconds: float, device: str = "cpu") -> list[str]:
     me = Processes("srun", rank, rank, world, "127.0.0.1", port)
     store = roll_call.open_store(me, timedelta(seconds=20))
-    return roll_call.roll_call(store, me, timedelta(seconds=seconds))
+    return roll_call.roll_call(store, me, timedelta(seconds=seconds), device)
 
 
 @pytest.fixture
@@ -56,6 +56,18 @@ def test_a_rank_that_comes_twice_is_named(callers: ThreadPoolExecutor) -> None:
     for each in calls:
         with pytest.raises(UserError, match=r"two processes are rank 1, on \S+ and on \S+; give each host"):
             each.result()
+
+
+def test_ranks_without_a_gpu_among_others_are_named(callers: ThreadPoolExecutor) -> None:
+    port = free_port()
+    devices = ["cuda", "cpu", "cuda", "cpu"]
+    calls = [callers.submit(call, port, rank, 4, 60.0, device) for rank, device in enumerate(devices)]
+    for each in calls:
+        with pytest.raises(
+            UserError, match=r"^rank 1, 3 on \S+ finds no GPU, and other ranks do; see"
+        ) as told:
+            each.result()
+        assert told.value.everywhere
 
 
 def test_who_cannot_reach_the_first_says_where_it_looked() -> None:
