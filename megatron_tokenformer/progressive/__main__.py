@@ -15,7 +15,7 @@ import sys
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.progressive.chain import (
     job_files,
-    requeued_if_asked_to_leave,
+    requeued,
     submission,
     submit,
     this_job,
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     if given.dry_run:
         print(dry_run(plan, read_journal(plan.folder), launcher, grow_command))
         return 0
-    requeued = requeued_if_asked_to_leave(this_job()) if given.requeue else contextlib.nullcontext()
+    back = requeued(this_job()) if given.requeue else contextlib.nullcontext()
     asked = Asked()
-    with asked.listening(signal.SIGUSR1), exclusive(plan.folder) as lock, requeued:
+    with asked.listening(signal.SIGUSR1), exclusive(plan.folder) as lock, back:
         journal = read_journal(plan.folder)
         _look_for_data(plan, journal, given)
         run_stages(Machine(plan, launcher, grow_command, journal, lock, asked, given.stage))
@@ -87,7 +87,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     launchers = [*LAUNCHERS, CHAIN]
     add("--launcher", choices=launchers, default="local", help="what starts processes (default: local)")
     add("--stage", metavar="NAME", help="bring this stage alone to its end; the ones before must be done")
-    requeue = "when asked to leave (exit code 85), put the SLURM job that this is back into the queue"
+    requeue = (
+        "put the SLURM job that this is back into the queue when it was asked to leave (exit code 85), or "
+    )
+    requeue += "a run has failed that had saved a checkpoint since it was started"
     add("--requeue", action="store_true", help=requeue)
     add("--dry-run", action="store_true", help="print the commands that are left, and do nothing")
     add("--report-only", action="store_true", help="write the report of what is done so far, and do nothing")

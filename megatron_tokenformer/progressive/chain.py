@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
 from megatron_tokenformer.progressive.journal import Journal
 from megatron_tokenformer.progressive.plan import Plan, Stage
-from megatron_tokenformer.progressive.stages import AskedToLeave, pending
+from megatron_tokenformer.progressive.stages import AskedToLeave, RunFailed, pending
 
 SCONTROL_S = 120
 
@@ -78,8 +78,11 @@ def this_job() -> str:
 
 
 @contextlib.contextmanager
-def requeued_if_asked_to_leave(job: str) -> Iterator[None]:
-    """If what is inside leaves because it was asked to, the SLURM job around it goes back into the queue.
+def requeued(job: str) -> Iterator[None]:
+    """Put the SLURM job around it back into the queue, if what is inside leaves and is to be continued.
+
+    That is if it was asked to leave, or has failed on its way: for a GPU, a link or a rank that fails, SLURM
+    does not.  A run that fails twice without a checkpoint between is not tried again.
 
     Here rather than in the job's script, so that this process can be all of the script: SLURM then gives it
     the signals that are for the script, and a growth, which is no step of the job, hears of them too.
@@ -89,16 +92,22 @@ def requeued_if_asked_to_leave(job: str) -> Iterator[None]:
     """
     try:
         yield
-    except AskedToLeave as asked:
-        # SIGTERM is SLURM's end of the job: it was cancelled, or its time is up, or it is taken back already.
-        # A job that is cancelled would come back if it asked.
-        if asked.exit_code == TO_BE_CONTINUED and signal.SIGTERM not in asked.by:
+    except (AskedToLeave, RunFailed) as left:
+        if _comes_back(left):
             # SLURM ends what it takes back; the reason is to be told first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if refused := _refused_requeue(job):
-                why = f"{asked}; scontrol requeue {job} failed: {refused}"
-                raise UserError(why, TO_BE_CONTINUED) from None
+                why = f"{left}; scontrol requeue {job} failed: {refused}"
+                raise UserError(why, left.exit_code) from None
         raise
+
+
+def _comes_back(left: AskedToLeave | RunFailed) -> bool:
+    # SIGTERM is SLURM's end of the job: it was cancelled, or its time is up, or it is taken back already.
+    # A job that is cancelled would come back if it asked.
+    if signal.SIGTERM in left.by:
+        return False
+    return left.progressed if isinstance(left, RunFailed) else left.exit_code == TO_BE_CONTINUED
 
 
 def _refused_requeue(job: str) -> str | None:

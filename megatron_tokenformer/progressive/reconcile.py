@@ -24,6 +24,8 @@ FREE_SETTINGS = (
     "checkpoint.check_loss",
     "checkpoint.verify",
     "data.tokenizer.",
+    "evaluation.",
+    "training.compile",
     "training.micro_batch_size",
     "training.recompute",
     "training.eval_interval",

@@ -44,6 +44,19 @@ class AskedToLeave(UserError):
         self.by = tuple(by)
 
 
+class RunFailed(UserError):
+    """A stage's command failed; the same call goes on from its last checkpoint.
+
+    Args:
+        progressed: a checkpoint came since it was started, so that trying again may bring it further.
+        by: signals that this process was asked by.
+    """
+
+    def __init__(self, message: str, progressed: bool = False, by: Sequence[int] = ()) -> None:
+        super().__init__(message, exit_code=1)
+        self.progressed, self.by = progressed, tuple(by)
+
+
 @dataclass(frozen=True)
 class Machine:
     """A plan, how its commands are made, and what is done of it."""
@@ -123,9 +136,8 @@ def dry_run(plan: Plan, journal: Journal, launcher: Launcher, grower: Grower) ->
 def _grow(machine: Machine, stage: Stage) -> None:
     command = machine.grower(stage, _source(stage, machine.journal))
     code = _perform(machine, stage, "grow", grow_settings(stage), command)
-    try:
-        checkpoint = find_checkpoint(stage.grown)
-    except UserError:
+    checkpoint = _newest(stage.grown)
+    if checkpoint is None:
         code = code or 1
     by = machine.asked.numbers
     if code and by:
@@ -133,13 +145,14 @@ def _grow(machine: Machine, stage: Stage) -> None:
         raise AskedToLeave(f"{_named(by)} in stage '{stage.name}' (grow)", by)
     if code:
         machine.journal.end(stage.name, "grow", "failed")
-        raise _failure(stage, "grow", command, f"ended with exit code {code}")
+        raise RunFailed(_words(stage, "grow", command, f"ended with exit code {code}"))
     machine.journal.end(stage.name, "grow", "done", {"checkpoint": str(checkpoint)})
 
 
 def _train(machine: Machine, stage: Stage) -> None:
     command = machine.launcher(stage, machine.plan.launch)
     forget_interruption(stage.folder)
+    before = _newest(stage.folder)
     code = _perform(machine, stage, "train", train_settings(stage), command)
     record = _await_record(stage, command.settle_seconds if code == 0 else 0.0)
     if record is not None:
@@ -153,7 +166,8 @@ def _train(machine: Machine, stage: Stage) -> None:
     early = "ended early (exit code 0, but the run is not finished)"
     why = f"ended with exit code {code}" if code else early
     told = f", asked to leave by {_named(by)}, and did not say that it has saved" if by else ""
-    raise _failure(stage, "train", command, f"{why}{told}")
+    progressed = _newest(stage.folder) != before
+    raise RunFailed(_words(stage, "train", command, f"{why}{told}"), progressed, by)
 
 
 def _how_it_left(stage: Stage, code: int, by: Sequence[int]) -> str | None:
@@ -200,12 +214,18 @@ def _perform(machine: Machine, stage: Stage, step: Step, settings: dict[str, Any
         raise
 
 
-def _failure(stage: Stage, step: Step, command: Command, why: str) -> UserError:
-    return UserError(
+def _words(stage: Stage, step: Step, command: Command, why: str) -> str:
+    return (
         f"stage '{stage.name}' ({step}) {why}: {command}; its messages are above (of a SLURM job: in "
-        f"{stage.folder}/job-*.log); the same call goes on from there",
-        exit_code=1,
+        f"{stage.folder}/job-*.log); the same call goes on from there"
     )
+
+
+def _newest(folder: Path) -> Path | None:
+    try:
+        return find_checkpoint(folder)
+    except UserError:
+        return None
 
 
 def _source(stage: Stage, journal: Journal) -> Path:

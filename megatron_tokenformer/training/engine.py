@@ -116,11 +116,18 @@ def device_precision(config: RunConfig, layout: Layout) -> Precision:
     """The run's precision on this device.
 
     Raises:
-        UserError: fp16 on a processor that cannot compute in it.
+        UserError: one that the processor cannot compute in, or only in software.
     """
-    if config.training.precision == "fp16" and not get_accelerator().is_fp16_supported():
+    precision, device = resolve_precision(config.training.precision, layout.device.type), layout.device
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError("training.precision=fp16 is not supported on this device; bf16 or fp32 would work")
-    return resolve_precision(config.training.precision, layout.device.type)
+    if precision == "bf16" and device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                f"training.precision={config.training.precision} is bf16, which this GPU only emulates; "
+                "fp16 or fp32 would work"
+            )
+    return precision
 
 
 def mark_tensor_parallel(module: torch.nn.Module, config: RunConfig) -> None:

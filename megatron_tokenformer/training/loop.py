@@ -237,8 +237,17 @@ def record_interruption(run: Run, why: str) -> None:
     run.continuity.write()
     record = {"step": run.progress.step, "reason": why, "exit_code": TO_BE_CONTINUED}
     path = Path(run.config.run_dir) / INTERRUPTED
+
+    def write() -> str | None:
+        try:
+            replace_durably(path, json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            return f"{path} was not written: {error.strerror}"
+        return None
+
     # All wait for it: when the first rank ends, a launcher may end the others.
-    from_main_rank(lambda: replace_durably(path, json.dumps(record, indent=1) + "\n"))
+    if failed := from_main_rank(write):
+        run.log.say(f"warning: {failed}; the exit code alone tells that the run is to be continued")
     ignore_requests()
     run.log.say(f"left at step {run.progress.step} for {why}; the same command goes on from there")
 

@@ -125,13 +125,15 @@ def _with_bad_gradients(run: Run) -> list[int]:
 
 def _restore_point(run: Run) -> tuple[Any, Manifest] | None:
     """The run's newest good checkpoint; None if there is none yet."""
-    run.saver.wait()
 
     def find() -> tuple[Any, Manifest] | None:
         own = store.complete_checkpoints(run.folder)
         return store.first_good(own[::-1], checkpoint_check(run.config)) if own else None
 
-    return from_main_rank(find)
+    # It may read a whole checkpoint, after one that is being written: no step takes so long.
+    with run.watchdog.limit("finding a checkpoint", run.config.training.slow_timeout_minutes):
+        run.saver.wait()
+        return from_main_rank(find)
 
 
 def _go_back(run: Run, restored: tuple[Any, Manifest], row: dict[str, Any], why: str) -> None:

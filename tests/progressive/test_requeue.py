@@ -37,7 +37,9 @@ def requeues(folder: Path) -> list[str]:
         ({"AWAIT": "1"}, USR1, 85, True, "SIGUSR1 before stage 'a' (train)"),
         ({"HANG": "train-a:middle"}, TERM, 85, False, "SIGTERM in stage 'a' (train)"),
         ({"HANG": "train-a:middle"}, INT, 130, False, "SIGINT in stage 'a' (train)"),
-        ({"BREAK": "train-a:middle"}, USR1, 1, False, "and did not say that it has saved"),
+        ({"BREAK": "train-a:begin"}, USR1, 1, False, "and did not say that it has saved"),
+        ({"BREAK": "train-a:middle"}, USR1, 1, True, "and did not say that it has saved"),
+        ({"BREAK": "train-a:middle"}, TERM, 1, False, "and did not say that it has saved"),
     ],
 )
 def test_what_it_was_asked_by_decides(
@@ -81,6 +83,15 @@ def test_a_run_that_left_by_itself_goes_back_into_the_queue(
     code, output = call(write(schedule), **scontrol(tmp_path / "bin"), LEAVE="train-a:middle:85")
     assert (code, requeues(tmp_path / "bin")) == (85, ["requeue 77"]), output
     assert "left at step 3 for SIGTERM" in output
+
+
+@pytest.mark.parametrize("point, tried_again", [("train-a:middle", True), ("train-a:begin", False)])
+def test_a_run_that_fails_is_tried_again_if_it_had_saved(
+    schedule: Tree, write: Write, tmp_path: Path, point: str, tried_again: bool
+) -> None:
+    code, said = call(write(schedule), **scontrol(tmp_path / "bin"), FAIL=point)
+    assert code == 1 and "stage 'a' (train) ended with exit code 3" in said
+    assert requeues(tmp_path / "bin") == ["requeue 77"] * tried_again
 
 
 def test_a_request_at_the_last_step_loses_nothing(schedule: Tree, write: Write, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.progressive.lock import exclusive
+from megatron_tokenformer.progressive.plan import load_plan
+from megatron_tokenformer.progressive.reconcile import train_settings
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -152,6 +154,16 @@ def test_another_layout_for_a_done_stage_is_no_change(schedule: Tree, write: Wri
     schedule["stages"][1]["config"]["parallel"] = {"tensor": 1}
     assert call(write(schedule))[0] == 0
     assert journal(schedule)["b"]["train"]["result"]["layout"] == "tensor 2"
+
+
+def test_what_decides_the_result_of_a_stage(schedule: Tree, write: Write) -> None:
+    """A new key of the configuration belongs here, or into FREE_SETTINGS."""
+    settings = train_settings(load_plan(write(schedule)).stages[0])
+    sections = {key for key in settings if not key.startswith(("model.", "data.", "optimizer."))}
+    assert sections == {
+        *("checkpoint.load", "training.eval_steps", "training.global_batch_size"),
+        *("training.precision", "training.seed", "training.steps"),
+    }
 
 
 def test_growth_not_yet_trained_on_is_made_again_when_its_settings_change(

@@ -32,7 +32,7 @@ def machine(schedule: Path) -> None:
 
 
 def run(schedule: Path) -> None:
-    from megatron_tokenformer.progressive.chain import requeued_if_asked_to_leave
+    from megatron_tokenformer.progressive.chain import requeued
     from megatron_tokenformer.progressive.execute import Asked
     from megatron_tokenformer.progressive.journal import read_journal
     from megatron_tokenformer.progressive.launchers import Command
@@ -45,8 +45,8 @@ def run(schedule: Path) -> None:
 
     plan = load_plan(schedule)
     asked = Asked()
-    requeued = requeued_if_asked_to_leave("77") if "REQUEUE" in os.environ else contextlib.nullcontext()
-    with asked.listening(signal.SIGUSR1), exclusive(plan.folder) as lock, requeued:
+    back = requeued("77") if "REQUEUE" in os.environ else contextlib.nullcontext()
+    with asked.listening(signal.SIGUSR1), exclusive(plan.folder) as lock, back:
         if "AWAIT" in os.environ:  # a signal, before anything is executed
             (plan.folder / "reached-machine-begin").touch()
             while not asked.numbers:
@@ -76,13 +76,19 @@ def train(folder: Path) -> None:
         with open(done, "a") as file:
             file.write(".")
         if step == steps // 2:
+            save(folder, step)
             reach(folder, name, "middle")
-    checkpoint = folder / "checkpoints" / f"step-{steps:08d}"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / "manifest.json").write_text("{}")
+    checkpoint = save(folder, steps)
     record = {"step": steps, "checkpoint": str(checkpoint), "val_loss": 1.0, "tokens": 10, "flops": 1e6}
     (folder / "finished.json").write_text(json.dumps(record))
     reach(folder, name, "end")
+
+
+def save(folder: Path, step: int) -> Path:
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    return checkpoint
 
 
 def grow(folder: Path, source: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import LanguageModel, canonical_parameters, initialize
 from megatron_tokenformer.parallel.collectives import TensorParallel
 from megatron_tokenformer.parallel.layout import Layout
-from megatron_tokenformer.training.engine import build_engine
+from megatron_tokenformer.training.engine import build_engine, device_precision
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 
@@ -112,6 +114,19 @@ def refuse_fp16(layout: Layout, config: RunConfig) -> str:
 def test_fp16_is_refused_in_words_where_it_cannot_be(tmp_path: Path) -> None:
     (words,) = run_ranks(1, refuse_fp16, toy_config(tmp_path, training={"precision": "fp16"}))
     assert words == "training.precision=fp16 is not supported on this device; bf16 or fp32 would work"
+
+
+@pytest.mark.parametrize("wanted", ["auto", "bf16"])
+def test_bf16_is_refused_where_it_is_emulated(
+    tmp_path: Path, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, gpu = toy_config(tmp_path, training={"precision": wanted}), SimpleNamespace(type="cuda")
+    layout: Any = SimpleNamespace(device=gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(UserError, match=f"precision={wanted} is bf16, which this GPU only emulates; fp16 or"):
+        device_precision(config, layout)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert device_precision(config, layout) == "bf16"
 
 
 def test_no_collective_is_compiled_at_start(tmp_path: Path) -> None:

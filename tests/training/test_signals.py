@@ -85,6 +85,23 @@ def test_the_end_of_its_time_is_a_request_too(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "run").name == "step-00000001"
 
 
+def leave_unrecorded(layout: Layout, config: RunConfig) -> str | None:
+    """Leave when the time is up, on a disk that takes the checkpoint and not the record."""
+
+    def fail(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    loop.replace_durably = fail
+    return loop.train(config, layout)
+
+
+def test_a_record_that_cannot_be_written_makes_no_failure_of_what_is_saved(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "run", max_minutes=1e-6)
+    assert run_ranks(2, leave_unrecorded, config) == ["training.max_minutes"] * 2
+    assert find_checkpoint(tmp_path / "run").name == "step-00000001"
+    assert not (tmp_path / "run/interrupted.json").exists()
+
+
 def ask_twice(layout: Layout, config: RunConfig) -> None:
     from megatron_tokenformer import errors
 
