@@ -2,7 +2,7 @@
 # make test    the tests
 # make test-cluster  those on pretend hosts and a real SLURM, as root (tests/cluster/needs.py)
 # make test-faults  kill a running schedule thirty times, for a quarter of an hour
-# make lint    ruff
+# make lint    ruff and mypy
 # make docs    the documentation as a site, in site/
 # make clean   remove what these made: .venv, runs/demo, site, caches
 
@@ -36,12 +36,13 @@ test-faults: $(DEVELOPMENT)
 lint: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 docs: $(DEVELOPMENT)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs/demo site build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) runs/demo site build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # DeepSpeed is built from its source, for which pip wants `wheel`.

@@ -123,7 +123,7 @@ def find_folder(load: Path) -> Path:
         latest = load / read_small(load / "latest", 64).decode("ascii").strip()
     except (OSError, ValueError):
         latest = None
-    if latest in steps.values():
+    if latest is not None and latest in steps.values():
         return latest
     if not steps:
         raise UserError(

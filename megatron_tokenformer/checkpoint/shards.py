@@ -57,7 +57,7 @@ def write_shard(path: Path, intervals: list[Interval], states: list[str], data: 
         digest.update(start)
         _write_all(file, memoryview(start))
         for piece in data:
-            block = memoryview(piece.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B")
+            block = piece.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B")
             digest.update(block)
             _write_all(file, block)
             written += len(block)

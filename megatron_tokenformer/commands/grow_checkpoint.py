@@ -189,8 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     figures = describe(plan)
     if given.dry_run:
         report(plan, figures)
-        grows = isinstance(plan, GrowthPlan)
-        size = plan.needed_bytes(plan.will_link) if grows else plan.new_bytes
+        size = plan.needed_bytes(plan.will_link) if isinstance(plan, GrowthPlan) else plan.new_bytes
         check_space(plan.folder, plan.doing, size)
     else:
         # First, so that a mistake in the data costs nothing; in fp32, for growth changes the loss by nothing.

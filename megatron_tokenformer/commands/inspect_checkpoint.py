@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def print_history(history: list[dict[str, Any]]) -> None:
 
 def print_tensors(manifest: Manifest, each: bool) -> None:
     """What is stored of each tensor, or of each role."""
-    rows = [("tensor", "shape", "tensors", "parameters", "bytes", "intervals")]
+    rows: list[tuple[str, ...]] = [("tensor", "shape", "tensors", "parameters", "bytes", "intervals")]
     for row in tensor_rows(manifest, by_role=not each):
         shape = " x ".join(map(str, row.shape))
         counts = (row.tensors, row.parameters, row.bytes, row.intervals)
@@ -186,7 +187,7 @@ def print_shards(manifest: Manifest) -> None:
         print(f"  and {len(manifest.shards) - SHOWN_SHARDS:,} more shards (--json lists them)")
 
 
-def _print_table(rows: list[tuple[str, ...]]) -> None:
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *rest in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -194,7 +195,7 @@ def as_json(found: Inspection, documents: list[dict[str, Any]], verified: bool) 
         "largest_id": found.largest_id,
         "ids_verified": verified,
         "first_documents": documents,
-        "damages": [damage._asdict() for damage in found.damages],
+        "damages": [asdict(damage) for damage in found.damages],
     }
 
 

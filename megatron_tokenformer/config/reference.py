@@ -133,7 +133,8 @@ def in_one_line(text: str) -> str:
 
 def _annotated(field: FieldInfo) -> Any:
     """The annotation with the bounds that pydantic has taken out of it."""
-    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    told = (field.annotation, *field.metadata)
+    return Annotated[told] if field.metadata else field.annotation
 
 
 def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:

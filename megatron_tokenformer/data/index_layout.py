@@ -73,7 +73,8 @@ class Index(NamedTuple):
         return int(self.pointers(last, 1)[0]) + int(self.lengths(last, 1)[0]) * self.dtype.itemsize
 
     def _table(self, dtype: type, table_at: int, start: int, count: int) -> np.ndarray:
-        values = np.fromfile(self.path, dtype, count, offset=table_at + np.dtype(dtype).itemsize * start)
+        offset = table_at + np.dtype(dtype).itemsize * start
+        values: np.ndarray = np.fromfile(self.path, dtype, count, offset=offset)
         if values.size != count:
             raise UserError(f"{self.path} became shorter while it was read", exit_code=1)
         return values

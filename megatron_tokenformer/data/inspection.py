@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +23,8 @@ from megatron_tokenformer.errors import UserError
 _TOKENS = 2 << 20
 
 
-class Damage(NamedTuple):
+@dataclass(frozen=True)
+class Damage:
     """One kind of damage: where it is met first, and how often in all.
 
     Attributes:

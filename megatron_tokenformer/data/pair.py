@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from megatron_tokenformer.data.index_layout import Index, read_index
@@ -24,7 +25,8 @@ class Stamp(NamedTuple):
     inode: int
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """A pair whose ends are sound.
 
     Attributes:

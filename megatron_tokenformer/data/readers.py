@@ -112,7 +112,7 @@ class _Reader:
     def __init__(self, path: str, chunk_bytes: int, long_line_bytes: int, spool_folder: str | None) -> None:
         self.path, self.chunk_bytes, self.long_line_bytes = path, chunk_bytes, long_line_bytes
         self.spool_folder = spool_folder
-        self.line, self.pending, self.size = 1, [], 0
+        self.line, self.pending, self.size = 1, list[bytes](), 0
         self.taken = self.reported = 0
 
     def chunks(self) -> Iterator[Chunk | LongLine]:

@@ -35,14 +35,17 @@ class Tokenizer(Protocol):
         fingerprint: SHA-256 (hex) of the model file, and of what else decides about ids and is not in it; to
             tell whether two data sets belong together.
         options: what ``load_tokenizer`` needs besides type and model to load the same again.
-        backend: the library that does the work, and its version; None if that cannot matter.
     """
 
     vocab_size: int
     eod_id: int
     fingerprint: str
     options: dict[str, Any]
-    backend: str | None
+
+    @property
+    def backend(self) -> str | None:
+        """The library that does the work, and its version; None if that cannot matter."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without an end of document."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -109,10 +110,11 @@ class Dataset:
             UserError: an id that the embedding has no row for.
         """
         isolate, mask = self.reading.isolate_documents, self.reading.eod_mask_loss
+        end = cast(int, self.eod_id)  # known where either is on, and not looked at elsewhere
         for number in range(rank, self.batch_count, size):
             inputs, targets = self._windows(number)
-            counted = inputs != self.eod_id if mask else torch.ones_like(inputs, dtype=torch.bool)
-            positions = document_positions(inputs, self.eod_id) if isolate else None  # type: ignore[arg-type]
+            counted = inputs != end if mask else torch.ones_like(inputs, dtype=torch.bool)
+            positions = document_positions(inputs, end) if isolate else None
             yield Batch(inputs, targets, counted, positions)
 
     def _windows(self, number: int) -> tuple[Tensor, Tensor]:

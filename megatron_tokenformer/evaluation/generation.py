@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -98,10 +99,10 @@ def generate(
         tokens = choose(logits, sampling, draws).unsqueeze(1)
         seen.scatter_(1, tokens, True)
         for number, (row, token) in enumerate(zip(rows, tokens[:, 0].tolist())):
-            row.take(token, lambda text, number=number: show(number, text))
+            row.take(token, partial(show, number))
         if all(row.finish for row in rows):
             break
-    return [row.written(lambda text, number=number: show(number, text)) for number, row in enumerate(rows)]
+    return [row.written(partial(show, number)) for number, row in enumerate(rows)]
 
 
 def next_logits(model: LanguageModel, tokens: Tensor, cache: Cache) -> Tensor:

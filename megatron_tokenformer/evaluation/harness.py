@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """For each request: the continuation's log-probability, and whether it is what greedy would write."""
         grouped: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
+        for number, (_texts, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
                     f"a continuation has {len(continuation)} tokens, and the model sees {self.max_length}; "
@@ -80,8 +80,8 @@ class HarnessModel(TemplateLM):
                 )
             if not continuation:
                 continue  # certain
-            inputs = (context + continuation)[-(self.max_length + 1) :][:-1]
-            grouped.setdefault(tuple(inputs), []).append(number)
+            inputs = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+            grouped.setdefault(inputs, []).append(number)
         order = sorted(grouped, key=lambda inputs: (-len(inputs), inputs))
         windows = [Window(list(inputs), [requests[n][2] for n in grouped[inputs]]) for inputs in order]
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)

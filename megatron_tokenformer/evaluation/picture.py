@@ -76,12 +76,13 @@ def _draw_panel(axes: Any, panel: Panel) -> list[tuple[Any, str]]:
 
 
 def _draw_line(axes: Any, line: Line) -> Any:
-    looks: dict[str, Any] = {
+    looks: dict[str, dict[str, Any]] = {
         "raw": {"linewidth": 0.6, "alpha": 0.35},
         "mean": {"linewidth": 1.6},
         "points": {"linewidth": 1.4, "marker": "o", "markersize": 3.0 if len(line.x) < 80 else 0.0},
-    }[line.style]
-    (drawn,) = axes.plot(line.x, line.y, color=line.colour, linestyle="--" if line.dashed else "-", **looks)
+    }
+    dashes = "--" if line.dashed else "-"
+    (drawn,) = axes.plot(line.x, line.y, color=line.colour, linestyle=dashes, **looks[line.style])
     if line.style != "points":
         # A point between two gaps has no neighbour to be joined with.
         alone = line.y == line.y

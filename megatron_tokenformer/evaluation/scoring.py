@@ -23,7 +23,8 @@ from megatron_tokenformer.evaluation.perplexity import LOGITS_AT_ONCE
 from megatron_tokenformer.evaluation.sampling import Sampling
 from megatron_tokenformer.model.language_model import LanguageModel
 
-Work, Result = TypeVar("Work", bound="Window | Writing"), TypeVar("Result")
+Work = TypeVar("Work", bound="Window | Writing")
+Result = TypeVar("Result")
 
 CPU_TOKENS = 4_096
 """of a batch on a CPU, where more are not faster"""
@@ -97,7 +98,7 @@ class Scorer:
         # On the right, where a causal model does not see it.
         padded = [window.inputs + [0] * (width - window.length) for window in windows]
         hidden = self.model.hidden(torch.tensor(padded, device=device))  # [s, b, d]
-        where, rows, targets = [], [], []
+        where, rows, targets = list[int](), list[int](), list[int]()
         for row, window in enumerate(windows):
             for ending in window.endings:
                 where += range(window.length - len(ending), window.length)

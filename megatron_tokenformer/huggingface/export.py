@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -108,15 +108,16 @@ def write_configuration(
 ) -> None:
     """Write config.json, generation_config.json and the code that they name."""
     ends = {"bos_token_id": eod_id, "eos_token_id": eod_id}
-    configuration_tokenformer.TokenformerConfig(
+    fields: dict[str, Any] = {
         **exported_fields(portable.model),
         **ends,
-        **{SEQUENCE_LENGTH: portable.sequence_length},
-        tau=portable.taus or None,
-        dtype=dtype,
-        architectures=["TokenformerForCausalLM"],
-        auto_map=AUTO_MAP,
-    ).save_pretrained(folder)
+        SEQUENCE_LENGTH: portable.sequence_length,
+        "tau": portable.taus or None,
+        "dtype": dtype,
+        "architectures": ["TokenformerForCausalLM"],
+        "auto_map": AUTO_MAP,
+    }
+    configuration_tokenformer.TokenformerConfig(**fields).save_pretrained(folder)
     GenerationConfig(**ends, pad_token_id=eod_id).save_pretrained(folder)
     for module in CODE:
         shutil.copy(str(module.__file__), folder)

@@ -52,6 +52,7 @@ class Pattention(nn.Module):
 
     def __init__(self, config: TokenformerConfig, role: str) -> None:
         super().__init__()
+        assert config.tokens and config.tau and config.score_norm  # the dense twin alone has none
         tokens, width = config.tokens[role], config.hidden_size
         self.tau, self.kind = float(config.tau[role]), config.score_norm
         self.key_tokens = nn.Parameter(torch.empty(tokens, width))
@@ -67,6 +68,9 @@ class Pattention(nn.Module):
 
 class LayerNorm(nn.Module):
     """LayerNorm, whose gain, where it has one, is stored minus one, as it was trained."""
+
+    gain_minus_one: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(self, config: TokenformerConfig, has_parameters: bool = True) -> None:
         super().__init__()
@@ -208,9 +212,9 @@ class TokenformerPreTrainedModel(PreTrainedModel):
             )
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, LayerNorm) and module.bias is not None:
-            nn.init.zeros_(module.gain_minus_one)
-            nn.init.zeros_(module.bias)
+        elif isinstance(module, LayerNorm):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 class TokenformerModel(TokenformerPreTrainedModel):
@@ -218,16 +222,16 @@ class TokenformerModel(TokenformerPreTrainedModel):
 
     def __init__(self, config: TokenformerConfig) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TokenformerLayer(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = LayerNorm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embedding = value
 
     def forward(
@@ -243,7 +247,7 @@ class TokenformerModel(TokenformerPreTrainedModel):
         return_dict: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """As any decoder of transformers; `past_key_values` is what was the name of `cache` before 5.24.
 
         Args:
@@ -264,8 +268,8 @@ class TokenformerModel(TokenformerPreTrainedModel):
         mask = create_causal_mask(self.config, x, attention_mask, past, position_ids)
         tables = rotary_tables(position_ids, self.config.rotary_size)
 
-        states = [] if wanted(output_hidden_states, self.config.output_hidden_states) else None
-        attentions = [] if wanted(output_attentions, self.config.output_attentions) else None
+        states = list[Tensor]() if wanted(output_hidden_states, self.config.output_hidden_states) else None
+        attentions = list[Tensor]() if wanted(output_attentions, self.config.output_attentions) else None
         for layer in self.layers:
             if states is not None:
                 states.append(x)
@@ -305,10 +309,10 @@ class TokenformerForCausalLM(TokenformerPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embedding = value
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -332,7 +336,7 @@ class TokenformerForCausalLM(TokenformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As `TokenformerModel.forward`.
 
         Args:

@@ -133,10 +133,10 @@ def _files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists() or not (folder / WEIGHTS_INDEX).exists():
         return [folder / WEIGHTS]
     index = _read_json(folder / WEIGHTS_INDEX, f"{folder} is damaged").get("weight_map")
-    names = set(index.values()) if isinstance(index, dict) else {None}
+    names: list[Any] = [*index.values()] if isinstance(index, dict) else [None]
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{folder / WEIGHTS_INDEX} does not name files of its folder", exit_code=1)
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(names))]
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:

@@ -19,6 +19,7 @@ def numerators(scores: Tensor, kind: ScoreNorm, row_max: Tensor | None = None) -
         return scores
     if kind == "gelu_l2_norm":
         return F.gelu(scores)
+    assert row_max is not None  # softmax's callers have it
     return torch.exp(scores - row_max)
 
 

@@ -44,7 +44,8 @@ class Attention(nn.Module):
         parts = partials(x, (self.query, self.key, self.value))  # one sum of totals for the three
         if self.ranks.size > 1:  # and one scatter onto this rank's heads
             parts = scatter_sum(torch.stack(parts, dim=2), self.ranks, dim=-1).unbind(2)  # [s, b, 3, d/p]
-        context = attend(*parts, self.head_size, self.rotary_size, positions, past)
+        query, key, value = parts
+        context = attend(query, key, value, self.head_size, self.rotary_size, positions, past)
         return self.output.partial(gather_from_ranks(context, self.ranks, dim=-1))
 
 

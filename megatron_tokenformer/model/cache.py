@@ -26,7 +26,8 @@ class Cache:
         self.starts, self.capacity, self.length = starts, capacity, 0
         self.pasts = [Past(self) for _ in range(layers)]
         self._padded = bool(starts.any())
-        self.positions = self.mask = torch.empty(0)
+        self.positions = torch.empty(0)
+        self.mask: Tensor | None = None
 
     def read(self, columns: int) -> list[Past]:
         """Make room for so many more columns; what each layer attends to.

@@ -69,9 +69,10 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(model.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        gain_minus_one, bias = self.gain_minus_one, self.bias
+        parameters: tuple[Tensor, ...] = self.gain_minus_one, self.bias
         if self.ranks.sequence:  # each rank sees some positions: the gradients of all are summed, in one call
-            gain_minus_one, bias = copy_to_ranks(torch.stack((gain_minus_one, bias)), self.ranks).unbind()
+            parameters = copy_to_ranks(torch.stack(parameters), self.ranks).unbind()
+        gain_minus_one, bias = parameters
         return F.layer_norm(x, bias.shape, 1.0 + gain_minus_one, bias, self.eps)
 
 

@@ -134,7 +134,7 @@ def from_main_rank(decide: Callable[[], Result]) -> Result:
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
-    return answer[0]  # type: ignore[no-any-return]
+    return answer[0]
 
 
 def on_all_ranks(act: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:

@@ -83,7 +83,7 @@ def _living() -> dict[int, int]:
             state, parent = entry.read_text().rpartition(")")[2].split()[:2]
             if state not in "ZX":
                 parents[int(entry.parent.name)] = int(parent)
-    below, found = {os.getpid()}, {}
+    below, found = {os.getpid()}, dict[int, int]()
     while new := {process: parent for process, parent in parents.items() if parent in below}:
         found |= new
         below = set(new)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.metrics_file import FINISHED, INTERRUPTED
-from megatron_tokenformer.progressive.journal import Journal
+from megatron_tokenformer.progressive.journal import Journal, Step
 from megatron_tokenformer.progressive.plan import Plan, Stage
 
 # Changing these changes how a stage is trained and not what comes out of it, or answers a setback.
@@ -115,7 +115,8 @@ def _check_known(stage: Stage, journal: Journal) -> None:
 
 
 def _check_source(stage: Stage, journal: Journal) -> None:
-    begun = any(journal.action(stage.name, step).status != "pending" for step in ("grow", "train"))
+    steps: tuple[Step, ...] = ("grow", "train")
+    begun = any(journal.action(stage.name, step).status != "pending" for step in steps)
     if stage.previous and begun and journal.action(stage.previous, "train").status != "done":
         raise UserError(
             f"stage '{stage.name}' is begun, but '{stage.previous}', which it grows from, is not done (any "

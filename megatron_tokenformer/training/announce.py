@@ -96,7 +96,7 @@ def data_table(sources: Sequence[SourceInfo], samples: int, sequence_length: int
         samples: what the whole run draws, resumed parts included.
         sequence_length: tokens that a sample is trained on.
     """
-    rows = [("data", "share", "tokens", "drawn in this run", "epochs")]
+    rows: list[tuple[str, ...]] = [("data", "share", "tokens", "drawn in this run", "epochs")]
     for source in sources:
         drawn = samples * source.weight
         rows.append(_row(source.prefix, source.weight, source.tokens, drawn, source.windows, sequence_length))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice, repeat
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -45,9 +46,10 @@ def pipeline_batches(
         return micro_batches(blend, position, size, accumulation, layout.data_rank, layout.data_size)
 
     isolate, mask = config.data.isolate_documents, config.data.eod_mask_loss
+    end = cast(int, eod_id)  # known where either is on, and not looked at elsewhere
     positions = config.training.micro_batch_size * config.data.sequence_length
     uniform = repeat(torch.tensor(1.0 / positions))
-    each = counted_weights(read(), eod_id, layout, accumulation) if mask else uniform
+    each = counted_weights(read(), end, layout, accumulation) if mask else uniform
     for windows, weight in zip(read(), each):
         largest = int(windows.max())
         if largest >= config.model.vocab_size:
@@ -56,9 +58,9 @@ def pipeline_batches(
                 f"token id {largest} in {names}, but model.vocab_size={config.model.vocab_size}", exit_code=1
             )
         inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        counted = inputs != eod_id if mask else torch.ones_like(inputs, dtype=torch.bool)
+        counted = inputs != end if mask else torch.ones_like(inputs, dtype=torch.bool)
         weights = counted.to(weight.device) * weight
-        yield (inputs, document_positions(inputs, eod_id)) if isolate else inputs, (targets, weights)
+        yield (inputs, document_positions(inputs, end)) if isolate else inputs, (targets, weights)
 
 
 def counted_weights(

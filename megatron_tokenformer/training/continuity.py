@@ -80,8 +80,9 @@ class Continuity:
         Raises:
             UserError: it is the first after a load, and not what it was for the run that saved.
         """
-        if self._expected is not None:
-            self._compare(loss.item())
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            self._compare(loss.item(), expected)
         # A loss that is not a number has nothing to be compared with.
         if self._saved == step - 1 and self._layout.is_main and math.isfinite(found := loss.item()):
             before = position - self._config.training.global_batch_size
@@ -114,8 +115,7 @@ class Continuity:
             return False
         return self._replaced is None or not os.path.samestat(found, self._replaced)
 
-    def _compare(self, loss: float) -> None:
-        expected, self._expected = self._expected, None
+    def _compare(self, loss: float, expected: dict[str, Any]) -> None:
         tolerance = max(TOLERANCES[self._precision], TOLERANCES[expected["precision"]])
         if self._precision == expected["precision"] and self._computed() == expected.get("computed"):
             tolerance = min(tolerance, SAME_LAYOUT)

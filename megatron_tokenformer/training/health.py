@@ -58,7 +58,8 @@ class Gate:
     ) -> None:
         self._training, self._layout, self._engine = config.training, layout, engine
         self._progress, self._requests = progress, requests
-        self.verdict, self.leave = Verdict(), None
+        self.verdict = Verdict()
+        self.leave: str | None = None
         self.gradients = LocalGradients(engine.deepspeed)
         zero: Any = engine.deepspeed.optimizer
         self._zero, self._step = zero, zero.step

@@ -22,15 +22,19 @@ class StretchedAdamW(torch.optim.AdamW):
     """by their share of the group's learning rate; together the whole vector, but for what stays as it is"""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update.  A stretch's weight decay has its share too, as torch's decay is lr * weight_decay."""
         (group,) = self.param_groups
         (flat,) = group["params"]
         state = self.state[flat]
         for lr_scale, slices in self.stretches.items():
             vectors = (flat, flat.grad, state["exp_avg"], state["exp_avg_sq"])
+            weights, grads, means, squares = ([vector[stretch] for stretch in slices] for vector in vectors)
             adamw(
-                *([vector[stretch] for stretch in slices] for vector in vectors),
+                weights,
+                grads,
+                means,
+                squares,
                 [],
                 [state["step"].clone() for _ in slices],  # the function counts up each that it is given
                 fused=True,

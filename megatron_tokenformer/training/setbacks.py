@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -106,8 +107,12 @@ def _where(run: Run, verdict: Verdict) -> dict[str, Any]:
     """
     config, layout = run.config.training, run.layout
     first = run.progress.position - config.global_batch_size
-    bad = {"loss": run.engine.losses.bad, "gradient": partial(_with_bad_gradients, run), "spike": list}
-    mine: list[int] = bad[str(verdict.cause)]()
+    bad: dict[str, Callable[[], list[int]]] = {
+        "loss": run.engine.losses.bad,
+        "gradient": partial(_with_bad_gradients, run),
+        "spike": list,
+    }
+    mine = bad[str(verdict.cause)]()
     size = config.micro_batch_size
     starts = [first + (m * layout.data_size + layout.data_rank) * size for m in mine]
     gathered: list[list[int]] = [[]] * layout.processes.world_size

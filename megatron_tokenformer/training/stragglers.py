@@ -64,7 +64,7 @@ def find_stragglers(
     """
     alone = all(len(ranks) == 1 for ranks in stage_ranks)
     peers = [[rank for ranks in stage_ranks for rank in ranks]] if alone else stage_ranks
-    slow = {}
+    slow: dict[int, float] = {}
     for group in peers:
         usual = median_low([own[rank] for rank in group])
         slow |= {

@@ -172,10 +172,9 @@ class WandbSink:
         Raises:
             RuntimeError: it failed; in its words.
         """
-        ready, stdout = False, self._process.stdout
-        assert stdout is not None
+        ready = False
         with contextlib.suppress(BlockingIOError):
-            while text := os.read(stdout.fileno(), 1 << 16):
+            while text := os.read(self._answers, 1 << 16):
                 self._partial += text
         *lines, self._partial = self._partial.split(b"\n")
         for line in lines:
@@ -197,7 +196,7 @@ class WandbSink:
                 raise RuntimeError(f"its process ended with code {self._process.returncode}")
             if time.monotonic() > stop:
                 raise RuntimeError("it does not start")
-            select.select([self._process.stdout], [], [], 1.0)
+            select.select([self._answers], [], [], 1.0)
 
     def _await_death(self) -> None:
         """Its last words may still be on their way."""
@@ -209,6 +208,11 @@ class WandbSink:
     def _pipe(self) -> int:
         assert self._process.stdin is not None
         return self._process.stdin.fileno()
+
+    @property
+    def _answers(self) -> int:
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
 
     def _pipe_end(self) -> None:
         assert self._process.stdin is not None

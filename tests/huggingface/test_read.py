@@ -93,6 +93,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         r"model\.safetensors cannot be read",
     ),
     "elsewhere": (index(weight_map={FIRST: "../../x.safetensors"}), "does not name files of its folder"),
+    "lists": (index(weight_map={FIRST: []}), "does not name files of its folder"),
     "no map": (index(weight_map=None), "does not name files of its folder"),
 }
 
