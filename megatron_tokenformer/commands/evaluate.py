@@ -187,18 +187,14 @@ def open_tokenizer(given: argparse.Namespace, stored: Stored, layout: Layout | N
     """
     from megatron_tokenformer.evaluation.load import checkpoint_tokenizer
 
-    tokenizer: list[Tokenizer] = []
-
-    def load() -> None:
-        tokenizer.append(checkpoint_tokenizer(stored, given.tokenizer_model))
+    def load() -> Tokenizer:
+        return checkpoint_tokenizer(stored, given.tokenizer_model)
 
     if layout is None:
-        load()
-    else:
-        from megatron_tokenformer.parallel.layout import on_all_ranks
+        return load()
+    from megatron_tokenformer.parallel.layout import each_rank
 
-        on_all_ranks(load)
-    return tokenizer[0]
+    return each_rank(load)
 
 
 def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluation:
@@ -220,12 +216,10 @@ def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluat
 
     if layout is None:
         return open_on_main_rank()
-    from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
+    from megatron_tokenformer.parallel.layout import each_rank, from_main_rank
 
     path = from_main_rank(lambda: open_on_main_rank().stored.path)
-    opened: list[Evaluation] = []
-    on_all_ranks(lambda: opened.append(open_evaluation(path, given.data, **reading)))
-    return opened[0]
+    return each_rank(lambda: open_evaluation(path, given.data, **reading))
 
 
 def told_about(stored: Stored) -> dict[str, Any]:

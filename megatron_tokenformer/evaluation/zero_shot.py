@@ -91,21 +91,18 @@ def open_exam(
     Raises:
         UserError: tasks, or their documents, are not there; on every rank.
     """
-    opened: list[Tasks] = []
 
-    def act() -> None:
+    def act() -> Tasks:
         with in_words_of(convert):
             from megatron_tokenformer.evaluation.harness import open_tasks
 
-            opened.append(open_tasks(exam.tasks, exam.include_path, exam.num_fewshot))
+            return open_tasks(exam.tasks, exam.include_path, exam.num_fewshot)
 
     if layout is None:
-        act()
-    else:
-        from megatron_tokenformer.parallel.layout import from_main_rank
+        return act()
+    from megatron_tokenformer.parallel.layout import on_main_rank
 
-        from_main_rank(act)
-    return opened[0] if opened else None
+    return on_main_rank(act)
 
 
 def evaluate_tasks(
@@ -131,22 +128,21 @@ def evaluate_tasks(
     """
     rank, size = (layout.rank, layout.processes.world_size) if layout else (0, 1)
     device = layout.device if layout else one_device()
-    scorers: list[Scorer] = []
 
-    def load() -> None:
+    def load() -> Scorer:
         try:
             model = load_model(stored.path, stored.manifest, precision, device)
         except torch.OutOfMemoryError:
             raise UserError("the whole model does not fit into the device's memory", exit_code=1) from None
-        scorers.append(Scorer(model, tokenizer, exam.rows, deadline, shows=rank == 0))
+        return Scorer(model, tokenizer, exam.rows, deadline, shows=rank == 0)
 
     if size == 1:
-        load()
+        scorer = load()
     else:
-        from megatron_tokenformer.parallel.layout import on_all_ranks
+        from megatron_tokenformer.parallel.layout import each_rank
 
-        on_all_ranks(load)
-    crew = Crew(scorers[0], rank, size, convert)
+        scorer = each_rank(load)
+    crew = Crew(scorer, rank, size, convert)
     return crew.lead(lambda: _sit(crew, stored, exam, tasks))
 
 

@@ -23,7 +23,7 @@ from megatron_tokenformer.data.provenance import (
     one_tokenizer,
 )
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.parallel.layout import Layout, from_main_rank, on_all_ranks
+from megatron_tokenformer.parallel.layout import Layout, each_rank, from_main_rank
 from megatron_tokenformer.training.announce import announce
 from megatron_tokenformer.training.continuity import Continuity
 from megatron_tokenformer.training.engine import Engine, build_engine
@@ -241,15 +241,13 @@ def _open_data_everywhere(config: RunConfig) -> tuple[Blend, Blend | None]:
         return _identities(*blends)
 
     expected = from_main_rank(open_on_main_rank)
-    opened: list[tuple[Blend, Blend | None]] = []
 
-    def open_here() -> None:
+    def open_here() -> tuple[Blend, Blend | None]:
         blends = open_data(config)
         check_same(_identities(*blends), expected)
-        opened.append(blends)
+        return blends
 
-    on_all_ranks(open_here)
-    return opened[0]
+    return each_rank(open_here)
 
 
 def _identities(training: Blend, validation: Blend | None) -> dict[str, Identity]:

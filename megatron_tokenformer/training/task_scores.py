@@ -21,10 +21,9 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, checkpoint_tokenizer, open_checkpoint, open_tokenizer
 from megatron_tokenformer.evaluation.sharing import in_short
 from megatron_tokenformer.evaluation.zero_shot import Exam, evaluate_tasks, figures, need_harness, open_exam
-from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
+from megatron_tokenformer.parallel.layout import each_rank, from_main_rank
 
 if TYPE_CHECKING:
-    from megatron_tokenformer.data.tokenizers import Tokenizer
     from megatron_tokenformer.training.run import Run
 
 SHARE_OF_LIMIT = 0.8
@@ -82,12 +81,11 @@ def _evaluate(run: Run, path: Path, deadline: float | None) -> dict[str, Any] | 
         return open_checkpoint(path)
 
     stored = from_main_rank(find)
-    tokenizers: list[Tokenizer] = []
-    on_all_ranks(lambda: tokenizers.append(checkpoint_tokenizer(stored)))
+    tokenizer = each_rank(lambda: checkpoint_tokenizer(stored))
     exam = Exam(tuple(wanted.tasks), wanted.include_path, wanted.num_fewshot, wanted.limit)
     tasks = open_exam(exam, run.layout, _in_words)
     how = run.engine.precision, run.layout, deadline, _in_words
-    return evaluate_tasks(stored, tokenizers[0], exam, tasks, *how)
+    return evaluate_tasks(stored, tokenizer, exam, tasks, *how)
 
 
 def _in_words(error: Exception) -> UserError:
