@@ -20,7 +20,13 @@ from megatron_tokenformer.data.provenance import TokenizerRecord
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, checkpoint_tokenizer, open_checkpoint, open_tokenizer
 from megatron_tokenformer.evaluation.sharing import in_short
-from megatron_tokenformer.evaluation.zero_shot import Exam, evaluate_tasks, figures, need_harness, open_exam
+from megatron_tokenformer.evaluation.zero_shot import (
+    TaskSettings,
+    evaluate_tasks,
+    figures,
+    need_harness,
+    open_tasks,
+)
 from megatron_tokenformer.parallel.layout import each_rank, from_main_rank
 
 if TYPE_CHECKING:
@@ -82,10 +88,10 @@ def _evaluate(run: Run, path: Path, deadline: float | None) -> dict[str, Any] | 
 
     stored = from_main_rank(find)
     tokenizer = each_rank(lambda: checkpoint_tokenizer(stored))
-    exam = Exam(tuple(wanted.tasks), wanted.include_path, wanted.num_fewshot, wanted.limit)
-    tasks = open_exam(exam, run.layout, _in_words)
+    settings = TaskSettings(tuple(wanted.tasks), wanted.include_path, wanted.num_fewshot, wanted.limit)
+    tasks = open_tasks(settings, run.layout, _in_words)
     how = run.engine.precision, run.layout, deadline, _in_words
-    return evaluate_tasks(stored, tokenizer, exam, tasks, *how)
+    return evaluate_tasks(stored, tokenizer, settings, tasks, *how)
 
 
 def _in_words(error: Exception) -> UserError:

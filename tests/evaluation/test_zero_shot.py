@@ -21,7 +21,13 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation import harness, perplexity, scoring, zero_shot
 from megatron_tokenformer.evaluation.load import checkpoint_tokenizer, open_checkpoint
 from megatron_tokenformer.evaluation.scoring import Scorer, Window
-from megatron_tokenformer.evaluation.zero_shot import Exam, evaluate_tasks, figures, open_exam, paper_columns
+from megatron_tokenformer.evaluation.zero_shot import (
+    TaskSettings,
+    evaluate_tasks,
+    figures,
+    open_tasks,
+    paper_columns,
+)
 from megatron_tokenformer.parallel.layout import Layout
 from tests.evaluation.models import byte_model, plain_logits, train_on_text
 from tests.evaluation.tasks import QUESTIONS, TASKS, Plain, write_tasks
@@ -112,10 +118,10 @@ def evaluate_here(
 ) -> dict[str, float] | str | None:
     """On this rank, for `run_ranks`; the words of what went wrong."""
     stored = open_checkpoint(run_dir)
-    exam = Exam(tuple(names), folder, rows=2)
+    settings = TaskSettings(tuple(names), folder, rows=2)
     try:
-        tasks = open_exam(exam, layout)
-        results = evaluate_tasks(stored, checkpoint_tokenizer(stored), exam, tasks, layout=layout)
+        tasks = open_tasks(settings, layout)
+        results = evaluate_tasks(stored, checkpoint_tokenizer(stored), settings, tasks, layout=layout)
     except UserError as error:
         assert error.everywhere
         return str(error)
@@ -124,8 +130,8 @@ def evaluate_here(
 
 def test_several_processes_find_what_one_does_and_end_together(trained: RunConfig, folder: str) -> None:
     stored = open_checkpoint(trained.run_dir)
-    exam = Exam(tuple(TASKS), folder)
-    alone = evaluate_tasks(stored, checkpoint_tokenizer(stored), exam, open_exam(exam))
+    settings = TaskSettings(tuple(TASKS), folder)
+    alone = evaluate_tasks(stored, checkpoint_tokenizer(stored), settings, open_tasks(settings))
     assert alone is not None
     first, *others = run_ranks(3, evaluate_here, trained.run_dir, folder, list(TASKS))
     assert others == [None, None]
