@@ -152,7 +152,6 @@ def load_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int 
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=SEEDS["fewshot"])
     return loaded
 
 
@@ -189,7 +188,7 @@ def _unmentioned(names: Sequence[str], folder: Path) -> set[str]:
 def run_tasks(
     loaded: dict[str, Any], model: HarnessModel, limit: int | None, bootstrap: int = 0
 ) -> dict[str, Any]:
-    """The harness's results.
+    """The harness's results; the same tasks may be run again.
 
     Args:
         limit: so many documents of each task, for trials.
@@ -198,6 +197,8 @@ def run_tasks(
     random.seed(SEEDS["python"])
     np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])
     # The harness shares work out between ranks by documents, and fails where there are fewer than ranks; the
     # pool does it by requests.  So to the harness there is one process.
     results = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=bootstrap, log_samples=False)

@@ -3,6 +3,7 @@
 Whatever the run's layout, each rank reads the whole model from the checkpoint, beside its own part of the one
 that is trained, and does its share of the requests.  So the figures are those of tools/evaluate.py on that
 checkpoint, and nothing of the run's own state is touched.  What goes wrong is told, and training goes on.
+Only at the start is it refused: tasks and their documents are loaded before the first step, and never again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, checkpoint_tokenizer, open_checkpoint, open_tokenizer
 from megatron_tokenformer.evaluation.sharing import in_short
 from megatron_tokenformer.evaluation.zero_shot import (
+    Tasks,
     TaskSettings,
     evaluate_tasks,
     figures,
     need_harness,
     open_tasks,
 )
-from megatron_tokenformer.parallel.layout import each_rank, from_main_rank
+from megatron_tokenformer.parallel.layout import Layout, each_rank, from_main_rank
 
 if TYPE_CHECKING:
     from megatron_tokenformer.training.run import Run
@@ -36,15 +38,26 @@ SHARE_OF_LIMIT = 0.8
 """of training.slow_timeout_minutes, after which an evaluation gives up before the watchdog ends the run"""
 
 
+def prepare_tasks(config: RunConfig, made_with: TokenizerRecord | None, layout: Layout) -> Tasks | None:
+    """The run's tasks with their documents, on the main rank; None on the others, or if there are none.
+
+    Raises:
+        UserError: see `check_tasks`; or there is no such task (2), or its documents cannot be had (1); on
+            every rank.
+    """
+    if not config.evaluation.tasks:
+        return None
+    from_main_rank(lambda: check_tasks(config, made_with))
+    return open_tasks(_settings(config), layout, _in_words)
+
+
 def check_tasks(config: RunConfig, made_with: TokenizerRecord | None) -> None:
-    """Refuse at the start what no evaluation of the run could do; tasks are looked up when they are run.
+    """Refuse what no evaluation of the run could do, before anything is loaded.
 
     Raises:
         UserError: no harness, no folder of tasks, or no tokenizer.
     """
     wanted = config.evaluation
-    if not wanted.tasks:
-        return
     need_harness()
     if wanted.include_path is not None and not Path(wanted.include_path).is_dir():
         raise UserError(f"evaluation.include_path={wanted.include_path} is no folder of tasks")
@@ -79,7 +92,6 @@ def _evaluate(run: Run, path: Path, deadline: float | None) -> dict[str, Any] | 
     Raises:
         UserError: there are none; on every rank.
     """
-    wanted = run.config.evaluation
 
     def find() -> Stored:
         if not (path / MANIFEST).is_file():
@@ -88,10 +100,13 @@ def _evaluate(run: Run, path: Path, deadline: float | None) -> dict[str, Any] | 
 
     stored = from_main_rank(find)
     tokenizer = each_rank(lambda: checkpoint_tokenizer(stored))
-    settings = TaskSettings(tuple(wanted.tasks), wanted.include_path, wanted.num_fewshot, wanted.limit)
-    tasks = open_tasks(settings, run.layout, _in_words)
     how = run.engine.precision, run.layout, deadline, _in_words
-    return evaluate_tasks(stored, tokenizer, settings, tasks, *how)
+    return evaluate_tasks(stored, tokenizer, _settings(run.config), run.tasks, *how)
+
+
+def _settings(config: RunConfig) -> TaskSettings:
+    wanted = config.evaluation
+    return TaskSettings(tuple(wanted.tasks), wanted.include_path, wanted.num_fewshot, wanted.limit)
 
 
 def _in_words(error: Exception) -> UserError:
