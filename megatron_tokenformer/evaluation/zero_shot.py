@@ -18,7 +18,7 @@ import torch
 from megatron_tokenformer.config.schema import Precision
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, load_model, one_device
-from megatron_tokenformer.evaluation.scoring import Scorer
+from megatron_tokenformer.evaluation.scoring import Deadline, Scorer
 from megatron_tokenformer.evaluation.sharing import RankPool, in_words_of
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed and megatron-core, which one process does without
@@ -114,7 +114,7 @@ def evaluate_tasks(
     tasks: Tasks | None,
     precision: Precision = "auto",
     layout: Layout | None = None,
-    deadline: float | None = None,
+    deadline: Deadline | None = None,
     convert: Callable[[Exception], UserError] | None = None,
 ) -> dict[str, Any] | None:
     """The harness's results, on the main rank; None on the others.
@@ -122,7 +122,7 @@ def evaluate_tasks(
     Args:
         tasks: as `open_tasks` gave them to this rank.
         layout: of the processes that share the work out, each with the whole model; None: one alone.
-        deadline: of time.monotonic(), at which to give up.
+        deadline: when to give up; None: never.
         convert: makes words of whatever goes wrong; by default a bug stays a bug.
 
     Raises:

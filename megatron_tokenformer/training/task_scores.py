@@ -8,7 +8,6 @@ Only at the start is it refused: tasks and their documents are loaded before the
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.data.provenance import TokenizerRecord
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, checkpoint_tokenizer, open_checkpoint, open_tokenizer
+from megatron_tokenformer.evaluation.scoring import Deadline
 from megatron_tokenformer.evaluation.sharing import in_short
 from megatron_tokenformer.evaluation.zero_shot import (
     Tasks,
@@ -72,7 +72,7 @@ def score_tasks(run: Run) -> None:
     minutes, step = run.config.training.slow_timeout_minutes, run.progress.step
     run.saver.wait()
     with run.watchdog.limit("the evaluation on tasks", minutes):
-        deadline = time.monotonic() + 60.0 * minutes * SHARE_OF_LIMIT if minutes else None
+        deadline = Deadline.after(minutes * SHARE_OF_LIMIT) if minutes else None
         try:
             results = _evaluate(run, run.folder / step_name(step), deadline)
         except UserError as error:
@@ -86,7 +86,7 @@ def score_tasks(run: Run) -> None:
         run.log.scores({"step": step, "tokens": run.progress.tokens, **figures(results)})
 
 
-def _evaluate(run: Run, path: Path, deadline: float | None) -> dict[str, Any] | None:
+def _evaluate(run: Run, path: Path, deadline: Deadline | None) -> dict[str, Any] | None:
     """The results, on the main rank.
 
     Raises:

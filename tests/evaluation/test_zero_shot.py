@@ -20,7 +20,7 @@ from megatron_tokenformer.data.tokenizers import ByteTokenizer
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation import harness, perplexity, scoring, zero_shot
 from megatron_tokenformer.evaluation.load import checkpoint_tokenizer, open_checkpoint
-from megatron_tokenformer.evaluation.scoring import Scorer, Window
+from megatron_tokenformer.evaluation.scoring import Deadline, Scorer, Window
 from megatron_tokenformer.evaluation.zero_shot import (
     TaskSettings,
     evaluate_tasks,
@@ -178,8 +178,9 @@ def test_endings_of_one_window_are_scored_by_its_logits(monkeypatch: pytest.Monk
 
 
 def test_an_evaluation_that_takes_too_long_is_given_up() -> None:
-    with pytest.raises(UserError, match="too long"):
-        Scorer(byte_model(), ByteTokenizer(), deadline=0.0).score([Window([1], [[2]])])
+    told = "takes longer than 20 minutes: 0 of 1 requests to score are done"
+    with pytest.raises(UserError, match=told):
+        Scorer(byte_model(), ByteTokenizer(), deadline=Deadline(20.0, at=0.0)).score([Window([1], [[2]])])
 
 
 def test_the_papers_columns_and_their_average() -> None:
