@@ -83,7 +83,7 @@ def test_it_says_what_it_is(stopped: RunConfig, capsys: pytest.CaptureFixture[st
 
 def test_it_has_no_tokens_to_grow_or_shrink_in(stopped: RunConfig, tmp_path: Path) -> None:
     path = find_checkpoint(stopped.run_dir)
-    words = "is of parameter tokens, and model.architecture=transformer has none"
+    words = "is for parameter tokens, and model.architecture=transformer has none"
     with pytest.raises(UserError, match=f"growth {words}"):
         grow(path, toy_config(tmp_path), tmp_path / "grown", Growth())
     with pytest.raises(UserError, match=f"shrinking {words}"):
