@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.neox import model_of, read_settings
 from megatron_tokenformer.checkpoint.official import official_key, read_official
@@ -28,6 +27,7 @@ from megatron_tokenformer.evaluation.load import assemble
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation
 from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.language_model import full_shapes
+from tests.checkpoint.growing import grow
 from tests.checkpoint.published import (
     LOGIT,
     VOCABULARY,
