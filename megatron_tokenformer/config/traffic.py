@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from megatron_tokenformer.config.pipeline_cut import stage_layers
 from megatron_tokenformer.config.schema import RunConfig, ScoreNorm
 from megatron_tokenformer.config.sizes import micro_batch_tokens, norm_weights, product_weights
-from megatron_tokenformer.config.stages import stage_layers
 
 FP32 = 4
 ELEMENT = {"fp32": FP32, "bf16": 2, "fp16": 2}
