@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, OldRows, plan_growth
+from megatron_tokenformer.checkpoint.growth_plan import GrowthPlan, OldRows
 from megatron_tokenformer.checkpoint.manifest import (
     WEIGHT,
     Interval,
@@ -35,7 +35,7 @@ from megatron_tokenformer.checkpoint.shards import IntervalReader, copy_shard, v
 from megatron_tokenformer.checkpoint.step_zero import check_space, write_whole
 from megatron_tokenformer.checkpoint.token_norms import ShardReader, TokenNorms
 from megatron_tokenformer.config.growth import Growth, changes_of_function
-from megatron_tokenformer.config.schema import Model, RunConfig
+from megatron_tokenformer.config.schema import Model
 from megatron_tokenformer.model.initialization import normal_row_blocks, normal_rows
 from megatron_tokenformer.model.language_model import full_shapes, initial_std
 from megatron_tokenformer.model.names import is_key, is_token
@@ -60,16 +60,6 @@ class Grown:
     path: Path
     manifest: Manifest
     old_rows: OldRows
-
-
-def grow(source: Path, target: RunConfig, folder: Path, rule: Growth) -> tuple[Path, Manifest]:
-    """Grow a checkpoint to the token counts of `target.model`; return the new one, at step 0 of its run.
-
-    Raises:
-        UserError: see `plan_growth` and `carry_out`.
-    """
-    grown = carry_out(plan_growth(source, target, folder, rule))
-    return grown.path, grown.manifest
 
 
 def carry_out(plan: GrowthPlan) -> Grown:

@@ -256,7 +256,7 @@ def _without_nan(value: Any) -> Any:
 def _check_structure(manifest: Manifest) -> None:
     sections = ("model", "data", "optimizer", "training")
     if any(not isinstance(manifest.config.get(key, {}), dict) for key in sections):
-        raise ValueError("config has a section that is none")
+        raise ValueError("a section of its config is not a mapping")
     dense = manifest.config.get("model", {}).get("architecture") == "transformer"
     roles = set() if dense else {"qkv", "output", "ffn"}
     for kind, needed in (("taus", roles), ("totals", {"tokens", "flops"})):

@@ -208,7 +208,7 @@ def _check_tensors(stored: dict[str, Stored], keys: dict[str, str], model: Model
                 exit_code=1,
             )
         if found.tensor.is_meta:
-            raise UserError(f"{keys[name]} in {found.file} has a shape and no numbers (a meta tensor)", 1)
+            raise UserError(f"{keys[name]} in {found.file} is a meta tensor, which has no values", 1)
         if found.tensor.dtype not in DTYPES or found.tensor.layout != torch.strided:
             raise UserError(f"{keys[name]} in {found.file} is {found.tensor.dtype}, no weights", exit_code=1)
     _check_others(stored, stored.keys() - set(keys.values()), model, sizes)
@@ -221,7 +221,7 @@ def _check_others(stored: dict[str, Stored], others: set[str], model: Model, siz
     for key in sorted(others - passed_over):
         place = f"{printable(key)} in {stored[key].file}"
         if key.startswith(f"{head}.final_linear."):
-            raise UserError(f"{place}: an untied head; here the head is the embedding, so it has no place", 1)
+            raise UserError(f"{place} is an untied head; only tied models can be converted", exit_code=1)
         copy = key == f"{head}.word_embeddings.weight"
         if not copy:
             raise UserError(f"{place} belongs to no part of the config's model ({sizes})", exit_code=1)

@@ -42,7 +42,7 @@ def read_tensors(path: Path, part: str | None = None) -> dict[str, Tensor]:
         stored = stored.get(part) if isinstance(stored, dict) else None
     if not isinstance(stored, dict) or not stored:
         inside = f"'{part}' in {path}" if part else str(path)
-        raise UserError(f"{inside} is no table of tensors by name", exit_code=1)
+        raise UserError(f"{inside} is not a dict of tensors", exit_code=1)
     for name, value in stored.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             found = f"{type(value).__name__} under {printable(name)}"

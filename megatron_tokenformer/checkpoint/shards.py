@@ -146,10 +146,10 @@ def check_header(path: Path, shard: Shard, states: list[str]) -> dict[str, int]:
 def _entries(header: Any, sizes: dict[str, int]) -> dict[str, int]:
     """Where in the numbers each entry begins."""
     if not isinstance(header, dict):
-        raise ValueError("it is no table of entries")
+        raise ValueError("it is not a JSON object")
     header.pop("__metadata__", None)  # safetensors lets everyone put one in
     if header.keys() != sizes.keys():
-        raise ValueError(f"the manifest and it do not both have {min(header.keys() ^ sizes.keys())!r}")
+        raise ValueError(f"only one of it and the manifest has {min(header.keys() ^ sizes.keys())!r}")
     starts: dict[str, int] = {}
     for key, size in sizes.items():
         entry = header[key]

@@ -297,7 +297,7 @@ def compare(
         The largest logit, the largest difference, and that as a `share` of the largest logit or of 1.
 
     Raises:
-        UserError: the logits of what was read are no numbers.
+        UserError: the logits of the model that was read are NaN or infinite.
     """
     import torch
 
@@ -307,7 +307,9 @@ def compare(
     before, after = logits_of(portable, ids), logits(path, ids)
     largest = before.abs().max().item()
     if not math.isfinite(largest):
-        raise UserError("the logits of what was read are not numbers: its weights are of no use", exit_code=1)
+        raise UserError(
+            "the model's logits are NaN or infinite: the weights that were read are broken", exit_code=1
+        )
     difference = (after - before).abs().nan_to_num(nan=torch.inf).max().item()
     return {"largest": largest, "difference": difference, "share": difference / max(1.0, largest)}
 

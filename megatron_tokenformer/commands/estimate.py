@@ -24,6 +24,7 @@ from megatron_tokenformer.config.estimate import (
     parse_bytes,
 )
 from megatron_tokenformer.config.load import load_config
+from megatron_tokenformer.config.pipeline_cut import describe_pipeline
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import (
     FORMULAS,
@@ -34,7 +35,6 @@ from megatron_tokenformer.config.sizes import (
     step_flops,
     tokens_per_step,
 )
-from megatron_tokenformer.config.stages import describe_pipeline
 from megatron_tokenformer.errors import UserError, run_cli
 from megatron_tokenformer.progressive.plan import load_plan
 

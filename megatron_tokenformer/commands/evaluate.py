@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megatron_tokenformer.data.tokenizers import Tokenizer
     from megatron_tokenformer.evaluation.load import Stored
     from megatron_tokenformer.evaluation.perplexity import Evaluation, Score
-    from megatron_tokenformer.evaluation.zero_shot import Exam
+    from megatron_tokenformer.evaluation.zero_shot import TaskSettings
     from megatron_tokenformer.parallel.layout import Layout
 
 EPILOG = """\
@@ -49,7 +49,7 @@ examples:
   # on 8 GPUs, each with the whole model and its share of the windows and requests
   torchrun --nproc-per-node 8 tools/evaluate.py --load runs/tokenformer-124m --data PREFIX --tasks piqa
 """
-EXAM = ("include_path", "num_fewshot", "limit", "sequence_length")
+TASK_OPTIONS = ("include_path", "num_fewshot", "limit", "sequence_length")
 BOOTSTRAP = 1_000
 """draws for the standard error of a perplexity"""
 READING = (
@@ -137,11 +137,11 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
     # torch takes a second, so --help does without.
     from megatron_tokenformer.evaluation.load import one_device
     from megatron_tokenformer.evaluation.perplexity import evaluate
-    from megatron_tokenformer.evaluation.zero_shot import evaluate_tasks, open_exam
+    from megatron_tokenformer.evaluation.zero_shot import evaluate_tasks, open_tasks
 
-    exam = exam_of(given) if given.tasks else None
+    settings = task_settings(given) if given.tasks else None
     opened = open_everywhere(given, layout)
-    tokenizer = open_tokenizer(given, opened.stored, layout) if exam else None
+    tokenizer = open_tokenizer(given, opened.stored, layout) if settings else None
     device = layout.device if layout else one_device()
     given.precision = resolve_precision(given.precision, device.type)
     is_main = layout is None or layout.is_main
@@ -149,7 +149,7 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
     if is_main:
         print(f"{told['checkpoint']}: step {told['step']}, {told['parameters']:,} parameters", flush=True)
     # Before anything is computed, so that a mistake in their names costs nothing.
-    tasks = open_exam(exam, layout) if exam else None
+    tasks = open_tasks(settings, layout) if settings else None
     figures: dict[str, Any] = {}
     results = None
     try:
@@ -157,8 +157,8 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
             scores = evaluate(opened, given.precision, layout)
             if is_main:
                 figures |= report(given, opened, scores)
-        if exam and tokenizer:
-            results = evaluate_tasks(opened.stored, tokenizer, exam, tasks, given.precision, layout)
+        if settings and tokenizer:
+            results = evaluate_tasks(opened.stored, tokenizer, settings, tasks, given.precision, layout)
             if results is not None:
                 figures |= report_tasks(given, results)
     finally:  # whatever cannot be done, nothing that was found is lost
@@ -167,16 +167,16 @@ def evaluate_and_print(given: argparse.Namespace) -> None:
         layouts.stop()  # not after a failure: it would wait for ranks that still wait for this one
 
 
-def exam_of(given: argparse.Namespace) -> Exam:
+def task_settings(given: argparse.Namespace) -> TaskSettings:
     """What the options ask for.
 
     Raises:
         UserError: the harness is not there, or a number is too small.
     """
-    from megatron_tokenformer.evaluation.zero_shot import Exam
+    from megatron_tokenformer.evaluation.zero_shot import TaskSettings
 
-    wanted = {key: getattr(given, key) for key in EXAM}
-    return Exam(given.tasks, rows=given.batch_size, bootstrap=BOOTSTRAP, **wanted)
+    wanted = {key: getattr(given, key) for key in TASK_OPTIONS}
+    return TaskSettings(given.tasks, rows=given.batch_size, bootstrap=BOOTSTRAP, **wanted)
 
 
 def open_tokenizer(given: argparse.Namespace, stored: Stored, layout: Layout | None) -> Tokenizer:
@@ -187,18 +187,14 @@ def open_tokenizer(given: argparse.Namespace, stored: Stored, layout: Layout | N
     """
     from megatron_tokenformer.evaluation.load import checkpoint_tokenizer
 
-    tokenizer: list[Tokenizer] = []
-
-    def load() -> None:
-        tokenizer.append(checkpoint_tokenizer(stored, given.tokenizer_model))
+    def load() -> Tokenizer:
+        return checkpoint_tokenizer(stored, given.tokenizer_model)
 
     if layout is None:
-        load()
-    else:
-        from megatron_tokenformer.parallel.layout import on_all_ranks
+        return load()
+    from megatron_tokenformer.parallel.layout import each_rank
 
-        on_all_ranks(load)
-    return tokenizer[0]
+    return each_rank(load)
 
 
 def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluation:
@@ -220,12 +216,10 @@ def open_everywhere(given: argparse.Namespace, layout: Layout | None) -> Evaluat
 
     if layout is None:
         return open_on_main_rank()
-    from megatron_tokenformer.parallel.layout import from_main_rank, on_all_ranks
+    from megatron_tokenformer.parallel.layout import each_rank, from_main_rank
 
     path = from_main_rank(lambda: open_on_main_rank().stored.path)
-    opened: list[Evaluation] = []
-    on_all_ranks(lambda: opened.append(open_evaluation(path, given.data, **reading)))
-    return opened[0]
+    return each_rank(lambda: open_evaluation(path, given.data, **reading))
 
 
 def told_about(stored: Stored) -> dict[str, Any]:

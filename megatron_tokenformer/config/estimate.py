@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, get_args
 
 from megatron_tokenformer.config.memory import fullest_stage
+from megatron_tokenformer.config.pipeline_cut import bubble_share, slowest_share, stage_layers, stage_works
 from megatron_tokenformer.config.schema import RunConfig, Training, check_world
 from megatron_tokenformer.config.sizes import (
     micro_batch_tokens,
@@ -23,7 +24,6 @@ from megatron_tokenformer.config.sizes import (
     step_flops,
     tokens_per_step,
 )
-from megatron_tokenformer.config.stages import bubble_share, slowest_share, stage_layers, stage_works
 from megatron_tokenformer.config.traffic import (
     ACTIVATIONS,
     GRADIENTS,

@@ -63,7 +63,7 @@ class Growth(Section):
         given = [key for key in OF_TOKENS if key in self.model_fields_set]
         if given:
             raise UserError(
-                f"growth.{given[0]} is of parameter tokens, and model.architecture=transformer has none; "
+                f"growth.{given[0]} is for parameter tokens, and model.architecture=transformer has none; "
                 f"leave it out"
             )
         return Widening(**{key: getattr(self, key) for key in Widening.model_fields})
@@ -95,13 +95,13 @@ def check_growth(before: Model, after: Model, growth: Growth) -> None:
     """
     _keep_all_but_tokens(before, after, "growth")
     if "spread" in growth.model_fields_set:
-        raise UserError("growth.spread is of a dense model, and model.architecture=tokenformer; leave it out")
+        raise UserError("growth.spread is for dense models, and this is a tokenformer; leave it out")
     for key in Tokens.model_fields:
         old, new = getattr(before.tokens, key), getattr(after.tokens, key)
         if new < old:
             raise UserError(
                 f"growth takes no tokens away: model.tokens.{key} was {old}, the config has {new}; "
-                f"--shrink does, from roles that then may not grow"
+                f"--shrink takes them away, and then no role may grow"
             )
     if before.tokens == after.tokens:
         raise UserError(f"nothing grows: model.tokens stays {dict(before.tokens)}; give more of them")
@@ -135,7 +135,7 @@ def check_widening(before: Model, after: Model, rule: Widening) -> None:
         UserError: names the key and both values.
     """
     if not before.is_dense:
-        raise UserError("widening is of a dense model, and model.architecture=tokenformer grows in tokens")
+        raise UserError("only dense models are widened; model.architecture=tokenformer grows in tokens")
     for key in Model.model_fields:
         old, new = getattr(before, key), getattr(after, key)
         if key not in WIDTHS and old != new:
@@ -211,8 +211,8 @@ def check_has_tokens(model: Model, what: str) -> None:
     """
     if model.is_dense:
         raise UserError(
-            f"{what} is of parameter tokens, and model.architecture=transformer has none; a dense model "
-            f"grows in width alone, to the model.hidden_size of another --config"
+            f"{what} is for parameter tokens, and model.architecture=transformer has none; a dense model "
+            f"only grows in width, to the model.hidden_size of another --config"
         )
 
 

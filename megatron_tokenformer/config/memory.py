@@ -13,9 +13,9 @@ from megatron_tokenformer.config.activations import (
     layer_activations,
     logits,
 )
+from megatron_tokenformer.config.pipeline_cut import stage_layers
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import resolved_precision
-from megatron_tokenformer.config.stages import stage_layers
 from megatron_tokenformer.config.traffic import ELEMENT, padded_parameters, stage_parameters
 
 REDUCE_BUCKET = 50_000_000

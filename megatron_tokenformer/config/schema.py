@@ -103,8 +103,8 @@ class Model(Section):
         for key in TOKENFORMER_KEYS:
             if given.get(key) is not None:
                 raise ValueError(
-                    f"model.{key} is of a tokenformer, and model.architecture=transformer; leave it out, or "
-                    f"write model.{key}=null where a base has it"
+                    f"model.{key} is for tokenformers, not for model.architecture=transformer; leave it out, "
+                    f"or write model.{key}=null where a base has it"
                 )
         return {key: value for key, value in given.items() if key not in TOKENFORMER_KEYS}
 
@@ -383,13 +383,13 @@ class RunConfig(Section):
         if self.model.is_dense:
             if self.training.recompute == "scores":
                 raise ValueError(
-                    "training.recompute=scores is of a tokenformer, and model.architecture=transformer; "
+                    "training.recompute=scores is for tokenformers, not for model.architecture=transformer; "
                     "none or layer would work"
                 )
             if self.optimizer.old_token_lr_scale < 1.0:
                 raise ValueError(
-                    f"optimizer.old_token_lr_scale={self.optimizer.old_token_lr_scale:g} is of a tokenformer "
-                    f"that has grown, and model.architecture=transformer; leave it out"
+                    f"optimizer.old_token_lr_scale={self.optimizer.old_token_lr_scale:g} is for "
+                    f"tokenformers that have grown, not for model.architecture=transformer; leave it out"
                 )
         return self
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from megatron_tokenformer.config.pipeline_cut import stage_layers
 from megatron_tokenformer.config.schema import RunConfig, ScoreNorm
 from megatron_tokenformer.config.sizes import micro_batch_tokens, norm_weights, product_weights
-from megatron_tokenformer.config.stages import stage_layers
 
 FP32 = 4
 ELEMENT = {"fp32": FP32, "bf16": 2, "fp16": 2}
@@ -241,17 +241,3 @@ def stage_traffic(
     """What a rank of a pipeline stage exchanges for each micro-batch, and besides once in a step."""
     each = tensor_traffic(config, precision, stage) + pipeline_traffic(config, precision, stage)
     return each, data_traffic(config, precision, data_size, stage)
-
-
-def step_traffic(
-    config: RunConfig, precision: str, data_size: int, stage: int = 0
-) -> dict[tuple[str, str], Traffic]:
-    """All that a rank of pipeline stage `stage` exchanges in one step, but for scalars.
-
-    Args:
-        precision: `bf16`, `fp16` or `fp32`: what training.precision comes to on the device.
-        data_size: data-parallel ranks.
-    """
-    micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_size)
-    each, once = stage_traffic(config, precision, data_size, stage)
-    return total([*(one.times(micro_batches) for one in each), *once])

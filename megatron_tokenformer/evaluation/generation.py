@@ -81,7 +81,7 @@ def generate(
         show: called with the number of a prompt and the text that is new, as it comes.
 
     Raises:
-        UserError: the model gives no numbers.
+        UserError: the model's logits are NaN or infinite.
     """
     rows = [_Row(tokenizer, prompt, stops) for prompt in prompts]
     device = model.embedding.weight.device
@@ -92,7 +92,9 @@ def generate(
         # The head's rows that no token has are there for the sake of the ranks: never choose one.
         logits = next_logits(model, tokens, cache)[:, : tokenizer.vocab_size]
         if not logits.isfinite().all():
-            raise UserError("the model gives no numbers: the checkpoint's weights are of no use", exit_code=1)
+            raise UserError(
+                "the model's logits are NaN or infinite: the checkpoint's weights are broken", exit_code=1
+            )
         if sampling.repetition_penalty != 1.0:
             logits = penalise(logits, seen[:, : tokenizer.vocab_size], sampling.repetition_penalty)
         draws = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=device)

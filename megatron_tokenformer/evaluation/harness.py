@@ -25,7 +25,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.generation import Prompt, PromptEncoder
 from megatron_tokenformer.evaluation.sampling import Sampling
 from megatron_tokenformer.evaluation.scoring import Window, Writing
-from megatron_tokenformer.evaluation.sharing import Crew, in_short
+from megatron_tokenformer.evaluation.sharing import RankPool, in_short
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """texts of context and continuation, and the ids of both"""
@@ -40,21 +40,21 @@ WORDS_OF_SAMPLING = {"temperature", "top_k", "top_p", "repetition_penalty"}
 
 
 class HarnessModel(TemplateLM):
-    """What the harness asks, answered by a crew of scorers.
+    """What the harness asks, answered by a pool of scorers.
 
     Args:
         max_length: tokens of context that the model sees; what is longer loses its beginning.
     """
 
-    def __init__(self, crew: Crew, max_length: int, seed: int = 1234) -> None:
+    def __init__(self, pool: RankPool, max_length: int, seed: int = 1234) -> None:
         super().__init__()
-        self.crew, self.max_length, self.seed = crew, max_length, seed
-        self._encode = PromptEncoder(crew.scorer.tokenizer)
+        self.pool, self.max_length, self.seed = pool, max_length, seed
+        self._encode = PromptEncoder(pool.scorer.tokenizer)
 
     @property
     def eot_token_id(self) -> int:
         """What ends a document."""
-        return self.crew.scorer.tokenizer.eod_id
+        return self.pool.scorer.tokenizer.eod_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
         order = sorted(grouped, key=lambda inputs: (-len(inputs), inputs))
         windows = [Window(list(inputs), [requests[n][2] for n in grouped[inputs]]) for inputs in order]
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for inputs, found in zip(order, self.crew.ask("score", windows)):
+        for inputs, found in zip(order, self.pool.ask("score", windows)):
             for number, answer in zip(grouped[inputs], found):
                 answers[number] = answer
         return answers
@@ -110,7 +110,7 @@ class HarnessModel(TemplateLM):
         work = [self._writing(number, *request.args) for number, request in enumerate(requests)]
         order = sorted(range(len(work)), key=lambda n: (repr(work[n].manner), -work[n].length))
         texts = [""] * len(work)
-        for number, text in zip(order, self.crew.ask("write", [work[n] for n in order])):
+        for number, text in zip(order, self.pool.ask("write", [work[n] for n in order])):
             texts[number] = text
         return texts
 
@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):
         return Writing(Prompt(ids, (self.seed, number)), Sampling(**sampling), limit, tuple(stops))
 
 
-def open_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int | None) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int | None) -> dict[str, Any]:
     """Tasks by name, group or tag, with their documents, as the harness takes them.
 
     Args:
@@ -152,7 +152,6 @@ def open_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int 
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=SEEDS["fewshot"])
     return loaded
 
 
@@ -189,7 +188,7 @@ def _unmentioned(names: Sequence[str], folder: Path) -> set[str]:
 def run_tasks(
     loaded: dict[str, Any], model: HarnessModel, limit: int | None, bootstrap: int = 0
 ) -> dict[str, Any]:
-    """The harness's results.
+    """The harness's results; the same tasks may be run again.
 
     Args:
         limit: so many documents of each task, for trials.
@@ -198,8 +197,10 @@ def run_tasks(
     random.seed(SEEDS["python"])
     np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])
     # The harness shares work out between ranks by documents, and fails where there are fewer than ranks; the
-    # crew does it by requests.  So to the harness there is one process.
+    # pool does it by requests.  So to the harness there is one process.
     results = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=bootstrap, log_samples=False)
     assert results is not None
     return dict(results)

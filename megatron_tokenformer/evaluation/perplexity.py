@@ -144,9 +144,7 @@ def _score(data: Dataset, nats: float, tokens: float) -> Score:
     if tokens == 0:
         raise UserError(f"no token of {prefix} counts: data.eod_mask_loss leaves out all that were read")
     if not math.isfinite(nats):
-        raise UserError(
-            f"the loss on {prefix} is {nats}: the checkpoint's weights are of no use", exit_code=1
-        )
+        raise UserError(f"the loss on {prefix} is {nats}: the checkpoint's weights are broken", exit_code=1)
     # In proportion: a part of a dataset stands for that part of its text.
     size = None if data.text_bytes is None else data.text_bytes * tokens / data.targets
     return Score(prefix, nats, int(tokens), size, data.component)

@@ -70,6 +70,21 @@ class Writing:
         return self.sampling, self.max_tokens, self.stops
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """When to give up."""
+
+    minutes: float
+    """that there were"""
+    at: float
+    """in time.monotonic()"""
+
+    @classmethod
+    def after(cls, minutes: float) -> Deadline:
+        """So many minutes from now."""
+        return cls(minutes, time.monotonic() + 60.0 * minutes)
+
+
 @dataclass
 class Scorer:
     """A model, and how it is to work."""
@@ -78,8 +93,8 @@ class Scorer:
     tokenizer: Tokenizer
     rows: int | None = None
     """of a batch; None: as many as fit"""
-    deadline: float | None = None
-    """of time.monotonic(), at which it gives up"""
+    deadline: Deadline | None = None
+    """at which it gives up; None: never"""
     shows: bool = True
     """whether a progress bar is shown"""
     _tokens: int = field(default=0, init=False)
@@ -129,8 +144,12 @@ class Scorer:
         results: list[Result] = []
         with tqdm(total=len(work), unit="request", desc=name, disable=None if self.shows else True) as bar:
             while len(results) < len(work):
-                if self.deadline is not None and time.monotonic() > self.deadline:
-                    raise UserError("it takes too long", exit_code=1)
+                if self.deadline is not None and time.monotonic() > self.deadline.at:
+                    raise UserError(
+                        f"the evaluation takes longer than {self.deadline.minutes:g} minutes: "
+                        f"{len(results):,} of {len(work):,} requests to {name} are done",
+                        exit_code=1,
+                    )
                 batch = self._next_batch(work, len(results))
                 try:
                     results += act(batch)

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 Kind = Literal["score", "write"]
 
 
-class Crew:
+class RankPool:
     """The scorers of all ranks.
 
     Args:
@@ -48,7 +48,7 @@ class Crew:
         self._tell("work", kind, work)
         return self._together(kind, work)
 
-    def serve(self) -> None:
+    def work(self) -> None:
         """On the others: do what the main rank asks for, until it needs no more.
 
         Raises:
@@ -64,14 +64,14 @@ class Crew:
                 raise UserError(about[0], exit_code=about[1], everywhere=True)
             self._together(*about)
 
-    def lead(self, act: Callable[[], Result]) -> Result | None:
-        """Act on the main rank, while the others serve it; what it returns, there.
+    def run(self, act: Callable[[], Result]) -> Result | None:
+        """Act on the main rank, while the others work for it; what it returns, there.
 
         Raises:
             UserError: something went wrong anywhere; on every rank.
         """
         if self.rank:
-            self.serve()
+            self.work()
             return None
         try:
             with in_words_of(self._convert):

@@ -18,8 +18,8 @@ import torch
 from megatron_tokenformer.config.schema import Precision
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.load import Stored, load_model, one_device
-from megatron_tokenformer.evaluation.scoring import Scorer
-from megatron_tokenformer.evaluation.sharing import Crew, in_words_of
+from megatron_tokenformer.evaluation.scoring import Deadline, Scorer
+from megatron_tokenformer.evaluation.sharing import RankPool, in_words_of
 
 if TYPE_CHECKING:  # importing it takes DeepSpeed and megatron-core, which one process does without
     from megatron_tokenformer.data.tokenizers import Tokenizer
@@ -41,7 +41,7 @@ AVERAGED = tuple(COLUMNS)[1:]
 
 
 @dataclass(frozen=True)
-class Exam:
+class TaskSettings:
     """Tasks, and how they are to be run."""
 
     tasks: tuple[str, ...]
@@ -79,8 +79,10 @@ def need_harness() -> None:
         )
 
 
-def open_exam(
-    exam: Exam, layout: Layout | None = None, convert: Callable[[Exception], UserError] | None = None
+def open_tasks(
+    settings: TaskSettings,
+    layout: Layout | None = None,
+    convert: Callable[[Exception], UserError] | None = None,
 ) -> Tasks | None:
     """The tasks with their documents, on the main rank, which alone reads them; None on the others.
 
@@ -91,39 +93,36 @@ def open_exam(
     Raises:
         UserError: tasks, or their documents, are not there; on every rank.
     """
-    opened: list[Tasks] = []
 
-    def act() -> None:
+    def act() -> Tasks:
         with in_words_of(convert):
-            from megatron_tokenformer.evaluation.harness import open_tasks
+            from megatron_tokenformer.evaluation.harness import load_tasks
 
-            opened.append(open_tasks(exam.tasks, exam.include_path, exam.num_fewshot))
+            return load_tasks(settings.tasks, settings.include_path, settings.num_fewshot)
 
     if layout is None:
-        act()
-    else:
-        from megatron_tokenformer.parallel.layout import from_main_rank
+        return act()
+    from megatron_tokenformer.parallel.layout import on_main_rank
 
-        from_main_rank(act)
-    return opened[0] if opened else None
+    return on_main_rank(act)
 
 
 def evaluate_tasks(
     stored: Stored,
     tokenizer: Tokenizer,
-    exam: Exam,
+    settings: TaskSettings,
     tasks: Tasks | None,
     precision: Precision = "auto",
     layout: Layout | None = None,
-    deadline: float | None = None,
+    deadline: Deadline | None = None,
     convert: Callable[[Exception], UserError] | None = None,
 ) -> dict[str, Any] | None:
     """The harness's results, on the main rank; None on the others.
 
     Args:
-        tasks: as `open_exam` gave them to this rank.
+        tasks: as `open_tasks` gave them to this rank.
         layout: of the processes that share the work out, each with the whole model; None: one alone.
-        deadline: of time.monotonic(), at which to give up.
+        deadline: when to give up; None: never.
         convert: makes words of whatever goes wrong; by default a bug stays a bug.
 
     Raises:
@@ -131,31 +130,32 @@ def evaluate_tasks(
     """
     rank, size = (layout.rank, layout.processes.world_size) if layout else (0, 1)
     device = layout.device if layout else one_device()
-    scorers: list[Scorer] = []
 
-    def load() -> None:
+    def load() -> Scorer:
         try:
             model = load_model(stored.path, stored.manifest, precision, device)
         except torch.OutOfMemoryError:
             raise UserError("the whole model does not fit into the device's memory", exit_code=1) from None
-        scorers.append(Scorer(model, tokenizer, exam.rows, deadline, shows=rank == 0))
+        return Scorer(model, tokenizer, settings.rows, deadline, shows=rank == 0)
 
     if size == 1:
-        load()
+        scorer = load()
     else:
-        from megatron_tokenformer.parallel.layout import on_all_ranks
+        from megatron_tokenformer.parallel.layout import each_rank
 
-        on_all_ranks(load)
-    crew = Crew(scorers[0], rank, size, convert)
-    return crew.lead(lambda: _sit(crew, stored, exam, tasks))
+        scorer = each_rank(load)
+    pool = RankPool(scorer, rank, size, convert)
+    return pool.run(lambda: _evaluate_on_main_rank(pool, stored, settings, tasks))
 
 
-def _sit(crew: Crew, stored: Stored, exam: Exam, tasks: Tasks | None) -> dict[str, Any]:
+def _evaluate_on_main_rank(
+    pool: RankPool, stored: Stored, settings: TaskSettings, tasks: Tasks | None
+) -> dict[str, Any]:
     from megatron_tokenformer.evaluation.harness import HarnessModel, run_tasks
 
-    assert tasks is not None  # on the main rank, which leads
-    model = HarnessModel(crew, exam.sequence_length or stored.config.data.sequence_length)
-    return run_tasks(tasks, model, exam.limit, exam.bootstrap)
+    assert tasks is not None  # on the main rank
+    model = HarnessModel(pool, settings.sequence_length or stored.config.data.sequence_length)
+    return run_tasks(tasks, model, settings.limit, settings.bootstrap)
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, float]:

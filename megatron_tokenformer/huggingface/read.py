@@ -49,7 +49,7 @@ def read_hf(folder: Path) -> PortableModel:
         )
     if config.get("tie_word_embeddings") is False:
         raise UserError(
-            f"{folder} has a head of its own (tie_word_embeddings false); here it is the embedding"
+            f"{folder} has an untied head (tie_word_embeddings is false); only tied models can be converted"
         )
     where = str(folder / "config.json")
     model = validate(Model, model_fields(config), where)

@@ -33,15 +33,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import ModuleType
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from megatron_tokenformer.config.schema import ScoreNorm
 from megatron_tokenformer.kernels import eager
-
-KINDS: tuple[str, ...] = get_args(ScoreNorm)
 
 
 def row_stats(scores: Tensor, kind: ScoreNorm) -> Tensor:

@@ -70,8 +70,8 @@ def pattend(
         taus: tau of each.
         kind: the score norm.
         ranks: over which the tokens are split.
-        recompute_scores: keep no scores for backward.  So it is, whatever this says, where nothing needs a
-            gradient, unless tokens are split over ranks, where chunks cost products.
+        recompute_scores: keep no scores for backward.  Always on where nothing needs a gradient, unless
+            tokens are split over ranks, where chunks cost products.
         chunk_scores: the most scores of one projection at a time, with `recompute_scores`.
 
     Returns:

@@ -137,6 +137,28 @@ def from_main_rank(decide: Callable[[], Result]) -> Result:
     return answer[0]
 
 
+def on_main_rank(act: Callable[[], Result]) -> Result | None:
+    """Let the main rank do something and keep its result, which is not sent: None on the others.
+
+    Raises:
+        UserError: the main rank's, on every rank.
+    """
+    kept: list[Result] = []
+    from_main_rank(lambda: kept.append(act()))
+    return kept[0] if kept else None
+
+
+def each_rank(act: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """Let every rank do something and keep its own result, which is not sent; else as `on_all_ranks`.
+
+    Raises:
+        UserError: names the ranks that could not and their hosts, on every rank.
+    """
+    kept: list[Result] = []
+    on_all_ranks(lambda: kept.append(act()), group)
+    return kept[0]
+
+
 def on_all_ranks(act: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
     """Let every rank do something and gather the results in order; if one cannot, all ranks learn why.
 

@@ -224,7 +224,7 @@ def _read(end: socket.socket, rank: int, held: bytearray) -> dict[str, Any] | No
     try:
         message: dict[str, Any] = {**json.loads(line)}
     except (ValueError, TypeError, RecursionError):
-        message = {"rank": rank, "silent": "it said what nobody understands"}
+        message = {"rank": rank, "silent": "it sent a message that is malformed"}
     return message
 
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_tokenformer.checkpoint.manifest import Manifest
 from megatron_tokenformer.config.load import dump_config
+from megatron_tokenformer.config.pipeline_cut import describe_pipeline
 from megatron_tokenformer.config.schema import Precision, RunConfig
 from megatron_tokenformer.config.sizes import FORMULAS, flops_per_token, parameter_count
-from megatron_tokenformer.config.stages import describe_pipeline
 from megatron_tokenformer.data.batches import SourceInfo
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.metrics_file import FINISHED, INTERRUPTED

@@ -18,8 +18,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils.timer import NoopTimer
 
 from megatron_tokenformer.config.memory import REDUCE_BUCKET
+from megatron_tokenformer.config.pipeline_cut import stage_bounds
 from megatron_tokenformer.config.schema import Precision, RunConfig, resolve_precision
-from megatron_tokenformer.config.stages import stage_bounds
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.model.language_model import canonical_parameters, full_shapes, initialize
 from megatron_tokenformer.model.pipeline import PipelineLayer, language_model_loss, pipeline_layers
@@ -27,7 +27,7 @@ from megatron_tokenformer.parallel.layout import Layout, limit_timeouts
 from megatron_tokenformer.quiet import quiet_start
 from megatron_tokenformer.training.micro_losses import MicroBatchLosses
 from megatron_tokenformer.training.optimizer import build_adamw
-from megatron_tokenformer.training.stages import StagedPipeline
+from megatron_tokenformer.training.staged_pipeline import StagedPipeline
 
 COMPILE_BACKEND = "inductor"
 

@@ -23,7 +23,8 @@ from megatron_tokenformer.data.provenance import (
     one_tokenizer,
 )
 from megatron_tokenformer.errors import UserError
-from megatron_tokenformer.parallel.layout import Layout, from_main_rank, on_all_ranks
+from megatron_tokenformer.evaluation.zero_shot import Tasks
+from megatron_tokenformer.parallel.layout import Layout, each_rank, from_main_rank
 from megatron_tokenformer.training.announce import announce
 from megatron_tokenformer.training.continuity import Continuity
 from megatron_tokenformer.training.engine import Engine, build_engine
@@ -34,7 +35,7 @@ from megatron_tokenformer.training.progress import Progress
 from megatron_tokenformer.training.run_lock import only_run
 from megatron_tokenformer.training.signals import Requests, requests_to_leave
 from megatron_tokenformer.training.sinks import check_packages
-from megatron_tokenformer.training.task_scores import check_tasks
+from megatron_tokenformer.training.task_scores import prepare_tasks
 from megatron_tokenformer.training.watchdog import Watchdog
 
 
@@ -56,6 +57,8 @@ class Run:
     continuity: Continuity
     gate: Gate
     watchdog: Watchdog
+    tasks: Tasks | None
+    """of its evaluations, on the main rank"""
 
     @property
     def folder(self) -> Path:
@@ -97,7 +100,7 @@ def open_run(config: RunConfig, layout: Layout, requests: Requests | None = None
         from_main_rank(lambda: store.clear_leftovers(checkpoint_folder(config)))
         # It hands its manifest on: of thousands of shards, for every rank to read it again takes long.
         restored = from_main_rank(lambda: find_restore_point(config, tokenizer))
-        from_main_rank(lambda: check_tasks(config, tokenizer))
+        tasks = prepare_tasks(config, tokenizer, layout)
         progress = _progress(config, restored, training_data)
         progress.tokenizer = tokenizer or progress.tokenizer
         slowed = slowed_rows(config.optimizer, restored[1] if restored else None)
@@ -118,7 +121,7 @@ def open_run(config: RunConfig, layout: Layout, requests: Requests | None = None
         ):
             data = (training_data, validation_data, eod_id)
             guards = (continuity, gate, watchdog)
-            run = Run(config, layout, engine, accumulation, *data, progress, log, saver, *guards)
+            run = Run(config, layout, engine, accumulation, *data, progress, log, saver, *guards, tasks)
             announce(run, restored)
             yield run
 
@@ -241,15 +244,13 @@ def _open_data_everywhere(config: RunConfig) -> tuple[Blend, Blend | None]:
         return _identities(*blends)
 
     expected = from_main_rank(open_on_main_rank)
-    opened: list[tuple[Blend, Blend | None]] = []
 
-    def open_here() -> None:
+    def open_here() -> tuple[Blend, Blend | None]:
         blends = open_data(config)
         check_same(_identities(*blends), expected)
-        opened.append(blends)
+        return blends
 
-    on_all_ranks(open_here)
-    return opened[0]
+    return each_rank(open_here)
 
 
 def _identities(training: Blend, validation: Blend | None) -> dict[str, Identity]:

@@ -1,4 +1,4 @@
-"""Where numbers go besides metrics.jsonl, and that no failure there ends or delays a run."""
+"""Where numbers go besides metrics.jsonl, and that no error there ends a run."""
 
 from __future__ import annotations
 

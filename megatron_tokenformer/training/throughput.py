@@ -7,9 +7,9 @@ import resource
 import torch
 import torch.distributed as dist
 
+from megatron_tokenformer.config.pipeline_cut import bubble_share
 from megatron_tokenformer.config.schema import Precision, RunConfig
 from megatron_tokenformer.config.sizes import device_peak, step_flops, tokens_per_step
-from megatron_tokenformer.config.stages import bubble_share
 from megatron_tokenformer.parallel.layout import Layout
 
 

@@ -153,7 +153,7 @@ STRUCTURE: dict[str, tuple[Damage, str]] = {
     "a negative total": (changed("totals", {"tokens": -1, "flops": 0}), "totals are"),
     "a negative step": (changed("step", -1), "step: Input should be greater than or equal to 0"),
     "a huge position": (changed("position", 10**30), "position: "),
-    "a section that is none": (changed("config", {"model": 5}), "config has a section that is none"),
+    "a section that is none": (changed("config", {"model": 5}), "a section of its config is not a mapping"),
     "no taus": (changed("taus", {}), "taus lack ffn"),
     "a tau that commands terminals": (
         edited(lambda stored: stored["taus"].update({"\x1b[2J": 5})),
@@ -318,10 +318,10 @@ def with_offsets(*offsets: Any) -> Damage:
 
 LIES: dict[str, tuple[Damage, str]] = {
     **{kind: (damage, "") for kind, damage in HEADERS.items()},
-    "a list": (with_text("[1,2,3]"), "no table"),
+    "a list": (with_text("[1,2,3]"), "not a JSON object"),
     "nested deeply": (with_text("[" * 200_000), "nested too deeply"),
     "entries that are none": (with_header(lambda header: header.update({KEY: 5})), f"size of {KEY}"),
-    "one entry more": (with_header(lambda header: header.update(x=dict(header[KEY]))), "both have 'x'"),
+    "one entry more": (with_header(lambda header: header.update(x=dict(header[KEY]))), "manifest has 'x'"),
     "odd offsets": (with_offsets(1, 4 * WIDTH + 1), f"{KEY} does not begin where"),
     "offsets too long": (with_offsets(0, 4 * WIDTH + 4), f"size of {KEY}"),
     "halves for offsets": (with_offsets(0.0, 4.0 * WIDTH), f"size of {KEY}"),

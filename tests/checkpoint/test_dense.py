@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.shrink import plan_shrink
 from megatron_tokenformer.checkpoint.store import find_checkpoint
@@ -17,6 +16,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation
 from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.training.run import find_restore_point
+from tests.checkpoint.growing import grow
 from tests.ranks import run_ranks
 from tests.toy import DENSE, toy_config, train_toy, write_tokens
 from tools import grow_checkpoint, inspect_checkpoint
@@ -83,7 +83,7 @@ def test_it_says_what_it_is(stopped: RunConfig, capsys: pytest.CaptureFixture[st
 
 def test_it_has_no_tokens_to_grow_or_shrink_in(stopped: RunConfig, tmp_path: Path) -> None:
     path = find_checkpoint(stopped.run_dir)
-    words = "is of parameter tokens, and model.architecture=transformer has none"
+    words = "is for parameter tokens, and model.architecture=transformer has none"
     with pytest.raises(UserError, match=f"growth {words}"):
         grow(path, toy_config(tmp_path), tmp_path / "grown", Growth())
     with pytest.raises(UserError, match=f"shrinking {words}"):

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.store import step_name
 from megatron_tokenformer.config.growth import Growth
 from megatron_tokenformer.config.schema import RunConfig
@@ -25,6 +24,7 @@ from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import save, train_steps
 from megatron_tokenformer.training.run import open_run
+from tests.checkpoint.growing import grow
 from tests.ranks import run_ranks
 from tests.toy import toy_config
 

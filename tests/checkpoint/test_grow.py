@@ -12,7 +12,6 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import Interval, Manifest, read_manifest
 from megatron_tokenformer.checkpoint.shards import IntervalReader
 from megatron_tokenformer.checkpoint.store import find_checkpoint
@@ -22,6 +21,7 @@ from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.tau import taus_from_json
+from tests.checkpoint.growing import grow
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 

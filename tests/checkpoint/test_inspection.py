@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from benchmarks.growth import write_checkpoint
-from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_tokenformer.checkpoint.shrink import carry_out, plan_shrink
 from megatron_tokenformer.checkpoint.store import LATEST
@@ -20,6 +19,7 @@ from megatron_tokenformer.commands.inspect_checkpoint import main
 from megatron_tokenformer.config.growth import Growth, Shrinking
 from megatron_tokenformer.config.sizes import parameter_count
 from megatron_tokenformer.errors import UserError
+from tests.checkpoint.growing import grow
 from tests.checkpoint.test_damage import edited
 from tests.toy import toy_config
 

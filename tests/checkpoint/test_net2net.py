@@ -219,7 +219,7 @@ def test_what_is_not_growth_of_width_is_refused_in_words(
 
 
 def test_keys_of_tokens_are_refused_for_a_dense_model_and_the_other_way_round() -> None:
-    with pytest.raises(UserError, match=r"growth.tau is of parameter tokens"):
+    with pytest.raises(UserError, match=r"growth.tau is for parameter tokens"):
         Growth(tau="keep").widening()
     assert Growth(spread=0.1).widening().spread == 0.1
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.neox import model_of, read_settings
 from megatron_tokenformer.checkpoint.official import official_key, read_official
@@ -28,6 +27,7 @@ from megatron_tokenformer.evaluation.load import assemble
 from megatron_tokenformer.evaluation.perplexity import evaluate, open_evaluation
 from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.language_model import full_shapes
+from tests.checkpoint.growing import grow
 from tests.checkpoint.published import (
     LOGIT,
     VOCABULARY,
@@ -285,7 +285,7 @@ def test_files_that_are_not_what_they_should_be_are_refused(tmp_path: Path) -> N
         with pytest.raises(UserError, match=r"pytorch_model\.bin is damaged"):
             read_official(tmp_path)
     torch.save([1, 2], file)
-    with pytest.raises(UserError, match="is no table of tensors"):
+    with pytest.raises(UserError, match="is not a dict of tensors"):
         read_official(tmp_path)
     torch.save({"iteration": 3}, file)
     with pytest.raises(UserError, match="holds a int under iteration"):
@@ -307,7 +307,7 @@ def test_tensors_without_numbers_are_refused(tmp_path: Path) -> None:
     weights = random_weights(settings())
     key = "sequential.3.mlp.key_param_tokens"
     weights[key] = weights[key].to("meta")
-    with pytest.raises(UserError, match=rf"{key} in .*pytorch_model\.bin has a shape and no numbers"):
+    with pytest.raises(UserError, match=rf"{key} in .*pytorch_model\.bin is a meta tensor"):
         read_official(write_whole(tmp_path, settings(), weights))
     weights = random_weights(settings())
     weights["sequential.6.word_embeddings.weight"] = weights["sequential.0.word_embeddings.weight"].to("meta")

@@ -113,21 +113,21 @@ def test_a_dense_model_is_dumped_without_the_keys_that_it_does_not_have(tmp_path
         ("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas.1=1.0: input should be less than 1"),
         (
             "model: {architecture: transformer, tokens: {qkv: 576}}",
-            "model.tokens is of a tokenformer, and model.architecture=transformer; leave it out, or write "
-            "model.tokens=null where a base has it",
+            "model.tokens is for tokenformers, not for model.architecture=transformer; leave it out, "
+            "or write model.tokens=null where a base has it",
         ),
         (
             "model: {architecture: transformer, score_norm: l2_norm_gelu}",
-            "model.score_norm is of a tokenformer, and model.architecture=transformer",
+            "model.score_norm is for tokenformers, not for model.architecture=transformer",
         ),
         ("model: {tokens: null}", "model.tokens=None: input should be a valid dictionary"),
         (
             "model: {architecture: transformer}\ntraining: {recompute: scores}",
-            "training.recompute=scores is of a tokenformer, and model.architecture=transformer; none",
+            "training.recompute=scores is for tokenformers, not for model.architecture=transformer; none",
         ),
         (
             "model: {architecture: transformer}\noptimizer: {old_token_lr_scale: 0.5}",
-            "optimizer.old_token_lr_scale=0.5 is of a tokenformer that has grown, and",
+            "optimizer.old_token_lr_scale=0.5 is for tokenformers that have grown, not for",
         ),
         (
             "model: {architecture: transformer, attention_heads: 6}\nparallel: {tensor: 4}",

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tokenformer.config.load import load_config
+from megatron_tokenformer.config.pipeline_cut import layer_work
 from megatron_tokenformer.config.sizes import device_peak, flops_per_token, layer_forward_flops
-from megatron_tokenformer.config.stages import layer_work
 from megatron_tokenformer.model.language_model import LanguageModel
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

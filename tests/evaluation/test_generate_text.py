@@ -204,7 +204,7 @@ def test_weights_of_no_use_write_nothing(
         return model
 
     monkeypatch.setattr(load, "load_model", load_nan)
-    with pytest.raises(UserError, match="the checkpoint's weights are of no use"):
+    with pytest.raises(UserError, match="logits are NaN or infinite: the checkpoint's weights are broken"):
         main(["--load", trained.run_dir, "--prompt", "a", "--temperature", temperature])
 
 

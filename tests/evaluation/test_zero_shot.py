@@ -20,8 +20,14 @@ from megatron_tokenformer.data.tokenizers import ByteTokenizer
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.evaluation import harness, perplexity, scoring, zero_shot
 from megatron_tokenformer.evaluation.load import checkpoint_tokenizer, open_checkpoint
-from megatron_tokenformer.evaluation.scoring import Scorer, Window
-from megatron_tokenformer.evaluation.zero_shot import Exam, evaluate_tasks, figures, open_exam, paper_columns
+from megatron_tokenformer.evaluation.scoring import Deadline, Scorer, Window
+from megatron_tokenformer.evaluation.zero_shot import (
+    TaskSettings,
+    evaluate_tasks,
+    figures,
+    open_tasks,
+    paper_columns,
+)
 from megatron_tokenformer.parallel.layout import Layout
 from tests.evaluation.models import byte_model, plain_logits, train_on_text
 from tests.evaluation.tasks import QUESTIONS, TASKS, Plain, write_tasks
@@ -112,10 +118,10 @@ def evaluate_here(
 ) -> dict[str, float] | str | None:
     """On this rank, for `run_ranks`; the words of what went wrong."""
     stored = open_checkpoint(run_dir)
-    exam = Exam(tuple(names), folder, rows=2)
+    settings = TaskSettings(tuple(names), folder, rows=2)
     try:
-        tasks = open_exam(exam, layout)
-        results = evaluate_tasks(stored, checkpoint_tokenizer(stored), exam, tasks, layout=layout)
+        tasks = open_tasks(settings, layout)
+        results = evaluate_tasks(stored, checkpoint_tokenizer(stored), settings, tasks, layout=layout)
     except UserError as error:
         assert error.everywhere
         return str(error)
@@ -124,8 +130,8 @@ def evaluate_here(
 
 def test_several_processes_find_what_one_does_and_end_together(trained: RunConfig, folder: str) -> None:
     stored = open_checkpoint(trained.run_dir)
-    exam = Exam(tuple(TASKS), folder)
-    alone = evaluate_tasks(stored, checkpoint_tokenizer(stored), exam, open_exam(exam))
+    settings = TaskSettings(tuple(TASKS), folder)
+    alone = evaluate_tasks(stored, checkpoint_tokenizer(stored), settings, open_tasks(settings))
     assert alone is not None
     first, *others = run_ranks(3, evaluate_here, trained.run_dir, folder, list(TASKS))
     assert others == [None, None]
@@ -172,8 +178,9 @@ def test_endings_of_one_window_are_scored_by_its_logits(monkeypatch: pytest.Monk
 
 
 def test_an_evaluation_that_takes_too_long_is_given_up() -> None:
-    with pytest.raises(UserError, match="too long"):
-        Scorer(byte_model(), ByteTokenizer(), deadline=0.0).score([Window([1], [[2]])])
+    told = "takes longer than 20 minutes: 0 of 1 requests to score are done"
+    with pytest.raises(UserError, match=told):
+        Scorer(byte_model(), ByteTokenizer(), deadline=Deadline(20.0, at=0.0)).score([Window([1], [[2]])])
 
 
 def test_the_papers_columns_and_their_average() -> None:

@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "no json": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
     "foreign": (config(model_type="gpt_neox"), "is a model of type 'gpt_neox'; only 'tokenformer'"),
     "untyped": (config(model_type=None), "is a model of type 'None'"),
-    "untied": (config(tie_word_embeddings=False), "has a head of its own"),
+    "untied": (config(tie_word_embeddings=False), "has an untied head"),
     "heads": (config(num_attention_heads=5), "hidden_size=32 is not divisible by model.attention_heads=5"),
     "norm": (config(score_norm="l1"), "score_norm='l1'"),
     "length": (config(max_position_embeddings=0), "sequence_length=0"),

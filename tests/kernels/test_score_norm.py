@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_tokenformer.config.schema import ScoreNorm
 from megatron_tokenformer.kernels import eager, reference, score_norm, triton_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLEMENTATIONS = [eager, triton_kernels]
 TAU = 6.5
 
-every_kind = pytest.mark.parametrize("kind", score_norm.KINDS)
+every_kind = pytest.mark.parametrize("kind", get_args(ScoreNorm))
 every_implementation = pytest.mark.parametrize(
     "implementation", IMPLEMENTATIONS, ids=lambda module: module.__name__.rsplit(".", 1)[-1]
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tokenformer.kernels.score_norm import KINDS
+from megatron_tokenformer.config.schema import ScoreNorm
 from megatron_tokenformer.model.pattend import pattend
 from megatron_tokenformer.parallel.layout import Layout
 from tests.model.test_pattention import reference
@@ -27,7 +27,7 @@ TAUS = (4.5, 6.0)
 CHUNKED = {"recompute_scores": True, "chunk_scores": 1}  # 128 rows, the least: 128, 128 and 44 of 300
 POLICIES: list[dict[str, Any]] = [{}, {"recompute_scores": True}, CHUNKED]
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", get_args(ScoreNorm))
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=["kept", "recomputed", "chunked"])
 
 

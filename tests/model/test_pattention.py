@@ -6,13 +6,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_tokenformer.kernels.score_norm import KINDS
+from megatron_tokenformer.config.schema import ScoreNorm
 from megatron_tokenformer.model.pattention import Pattention
 from megatron_tokenformer.parallel.collectives import TensorParallel
 from megatron_tokenformer.parallel.layout import Layout
@@ -39,7 +40,7 @@ def example(kind: str, seed: int = 0) -> tuple[Pattention, Tensor]:
     return layer.double(), torch.randn(5, 3, 12, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(ScoreNorm))
 def test_equals_the_reference_forward_and_backward(kind: str) -> None:
     layer, x = example(kind)
     x.requires_grad_()
@@ -53,7 +54,7 @@ def test_equals_the_reference_forward_and_backward(kind: str) -> None:
         torch.testing.assert_close(here.grad, there.grad, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(ScoreNorm))
 def test_gradcheck_in_float64(kind: str) -> None:
     layer, x = example(kind)
     x = x[:2].requires_grad_()
@@ -114,7 +115,7 @@ def split_step(layout: Layout, kind: str) -> tuple[Tensor, Tensor, Tensor, Tenso
     return y.detach(), x.grad, layer.key_tokens.detach(), layer.value_tokens.detach()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(ScoreNorm))
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_split_over_ranks_equals_whole(kind: str, tensor: int) -> None:
     ((y, dx, keys, values),) = run_ranks(1, split_step, kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.environment import find_processes
-from megatron_tokenformer.parallel.layout import Layout, from_main_rank
+from megatron_tokenformer.parallel.layout import Layout, each_rank, from_main_rank, on_main_rank
 from megatron_tokenformer.training.engine import build_engine
 from tests.ranks import run_ranks
 from tests.toy import toy_config
@@ -127,3 +129,24 @@ def decide(layout: Layout, mistake: bool) -> str:
 @pytest.mark.parametrize("mistake, answer", [(False, "rank 0"), (True, "told once, code 2")])
 def test_what_the_main_rank_decides_all_ranks_learn(mistake: bool, answer: str) -> None:
     assert run_ranks(2, decide, mistake) == [answer] * 2
+
+
+def keep(layout: Layout, fails: list[int]) -> tuple[int, bool] | str:
+    """What this rank has afterwards of a result that cannot be sent, or the mistake that all learn."""
+
+    def act() -> Callable[[], int]:
+        if layout.rank in fails:
+            raise UserError("no disk")
+        return lambda: layout.rank
+
+    try:
+        return each_rank(act)(), on_main_rank(act) is None
+    except UserError as error:
+        assert error.everywhere
+        return str(error)
+
+
+def test_a_rank_keeps_what_it_has_and_learns_who_failed() -> None:
+    assert run_ranks(2, keep, []) == [(0, False), (1, True)]
+    first, second = run_ranks(2, keep, [1])
+    assert first == second and re.fullmatch(r"rank 1 on \S+: no disk", first)

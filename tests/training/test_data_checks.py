@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import read_manifest
 from megatron_tokenformer.checkpoint.store import complete_checkpoints, find_checkpoint
 from megatron_tokenformer.config.growth import Growth
@@ -29,6 +28,7 @@ from megatron_tokenformer.errors import UserError
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import save, train
 from megatron_tokenformer.training.run import open_run
+from tests.checkpoint.growing import grow
 from tests.data.runs import json_lines
 from tests.descriptions import describe
 from tests.ranks import run_ranks

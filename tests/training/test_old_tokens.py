@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
-from megatron_tokenformer.checkpoint.grow import grow
 from megatron_tokenformer.checkpoint.manifest import STATES, Interval, read_manifest
 from megatron_tokenformer.checkpoint.shards import IntervalReader
 from megatron_tokenformer.checkpoint.shrink import carry_out, plan_shrink
@@ -32,6 +31,7 @@ from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.old_tokens import slowed_rows
 from megatron_tokenformer.training.schedule import learning_rate
+from tests.checkpoint.growing import grow
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import resource
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from megatron_tokenformer.config.schema import RunConfig
 from megatron_tokenformer.config.sizes import flops_per_token
 from megatron_tokenformer.metrics_file import read_rows
+from megatron_tokenformer.model.ends import FinalNorm
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.loop import train
 from megatron_tokenformer.training.metrics import PHASES
@@ -88,12 +91,29 @@ def test_memory_is_of_the_rank_that_has_held_most() -> None:
     assert told == told_there >= second
 
 
-def test_stages_that_wait_for_each_other_say_so(tmp_path: Path) -> None:
-    config = toy_config(tmp_path, parallel={"pipeline": 2}, training={"steps": 2})
-    run_ranks(2, profile_toy, config, 0, pipeline=2)
+DELAY_S = 0.2
+
+
+def train_with_a_slow_last_stage(layout: Layout, config: RunConfig) -> None:
+    forward = FinalNorm.forward  # which is of the last stage
+
+    def slow(*given: Any) -> Any:
+        time.sleep(DELAY_S)
+        return forward(*given)
+
+    FinalNorm.forward = slow  # type: ignore[method-assign]
+    train(config, layout)
+
+
+def test_a_stage_that_waits_for_another_says_so(tmp_path: Path) -> None:
+    """Four times a step; what the first stage does meanwhile takes less than three of them."""
+    training = {"steps": 2, "micro_batch_size": 2, "eval_steps": 0}
+    config = toy_config(tmp_path, parallel={"pipeline": 2}, training=training)
+    run_ranks(2, train_with_a_slow_last_stage, config, pipeline=2)
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == 2
     for row in rows:
-        assert 0 < row["pipeline_time_s"] < row["step_time_s"]
+        assert DELAY_S <= row["pipeline_time_s"] < row["step_time_s"]
         assert not row["profiled"]
 
 

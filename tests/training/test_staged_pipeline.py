@@ -8,14 +8,14 @@ from typing import Any
 import deepspeed
 import pytest
 
+from megatron_tokenformer.config.pipeline_cut import stage_bounds, stage_layers
 from megatron_tokenformer.config.schema import RunConfig
-from megatron_tokenformer.config.stages import stage_bounds, stage_layers
 from megatron_tokenformer.metrics_file import read_rows
 from megatron_tokenformer.model.language_model import canonical_parameters
 from megatron_tokenformer.model.pipeline import pipeline_layers
 from megatron_tokenformer.parallel.layout import Layout
 from megatron_tokenformer.training.engine import build_engine
-from megatron_tokenformer.training.stages import StagedPipeline
+from megatron_tokenformer.training.staged_pipeline import StagedPipeline
 from tests.ranks import run_ranks
 from tests.toy import toy_config, train_toy
 

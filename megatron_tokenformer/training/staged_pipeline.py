@@ -8,7 +8,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 
 
 class StagedPipeline(PipelineModule):
-    """A PipelineModule whose `partition_method` is the bounds themselves (`config/stages.py: stage_bounds`).
+    """A PipelineModule whose `partition_method` is the bounds themselves (`pipeline_cut.stage_bounds`).
 
     DeepSpeed 0.19.8 cuts by number of layers, by parameters (for which it builds the whole model on every
     rank), or by a type of layer that weighs 1 while all others weigh 0.  None of them knows that the head is

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from megatron_tokenformer.config.load import load_config
-from megatron_tokenformer.config.stages import (
+from megatron_tokenformer.config.pipeline_cut import (
     bubble_share,
     describe_pipeline,
     pipeline_work,
