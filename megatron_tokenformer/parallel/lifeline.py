@@ -157,13 +157,29 @@ def _accept(store: Store, processes: Processes) -> dict[int, socket.socket]:
                 end, _ = server.accept()
             except OSError:
                 break
-            end.settimeout(HELLO_S)
-            hello = _read(end, -1, bytearray()) or {}
-            if hello.get("word") == word:
-                ends[hello["rank"]] = end
-            else:
+            rank = _greeted(end, word)
+            if rank is None:
                 end.close()
+            else:
+                ends[rank] = end
     return ends
+
+
+def _greeted(end: socket.socket, word: str) -> int | None:
+    """The rank that has connected; None for a stranger.
+
+    What comes behind the greeting stays in the connection: a rank may fail right after it.
+    """
+    end.settimeout(HELLO_S)
+    said, deadline = b"", time.monotonic() + HELLO_S
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        while not said.endswith(b"\n") and time.monotonic() < deadline:
+            if not (byte := end.recv(1)):
+                return None
+            said += byte
+        hello = json.loads(said)
+        return int(hello["rank"]) if hello["word"] == word else None
+    return None
 
 
 def _connect(store: Store, processes: Processes) -> dict[int, socket.socket]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megatron_tokenformer.parallel.environment import free_port
+from megatron_tokenformer.parallel import lifeline
+from megatron_tokenformer.parallel.environment import Processes, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +93,23 @@ def test_a_failure_is_told_by_its_rank_and_once_on_each_other_host() -> None:
     assert said[2] == "error: rank 2: no room on the disk\n"
     assert said[0] == "error: rank 2 on b: no room on the disk\n"
     assert said[1] == ""
+
+
+def test_news_that_come_with_the_greeting_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    news: Queue[dict[str, object]] = Queue()
+    place: Queue[dict[str, Any]] = Queue()
+    store: Any = SimpleNamespace(set=lambda _, value: place.put(json.loads(value)))
+    monkeypatch.setattr(lifeline.Lifeline, "_fail", lambda _, message: news.put(message))
+    first = Processes("srun", 0, 0, 2, "127.0.0.1", free_port())
+    with ThreadPoolExecutor(1) as thread:
+        accepted = thread.submit(lifeline._accept, store, first)
+        there = place.get(timeout=60)
+        failed = {"rank": 1, "failed": "no room on the disk"}
+        said = "".join(json.dumps(line) + "\n" for line in ({"rank": 1, "word": there["word"]}, failed))
+        with socket.create_connection(("127.0.0.1", there["port"])) as end:
+            end.sendall(said.encode())
+        lifeline.Lifeline(first, accepted.result(), ["a", "b"])
+    assert news.get(timeout=60) == failed
 
 
 @pytest.mark.parametrize(

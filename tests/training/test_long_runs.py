@@ -13,7 +13,7 @@ from megatron_tokenformer.training.run import open_run
 from tests.ranks import run_ranks
 from tests.toy import toy_config
 
-STEPS = 60
+STEPS = 30
 
 
 def held(layout: Layout, config: RunConfig) -> tuple[list[int], list[int], int]:
