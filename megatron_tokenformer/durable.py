@@ -1,9 +1,14 @@
-"""Files that are there after a crash: written, and only then named."""
+"""Files that are there after a crash: written, and only then named.
+
+And what is asked before: whether a lock is free, and whether a folder takes files.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +41,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Whether the lock of an open file is ours now; None where its file system has no locks.
+
+    That is Lustre without -o flock.  The kernel drops a lock when the last process that has it open is gone.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why no file can be made in a folder, as part of a sentence; None if one can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # rights do not tell: root has all, even in /proc
+            return None
+    except OSError as error:
+        return f"nothing can be written in {folder} ({error.strerror})"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_tokenformer.checkpoint import store
 from megatron_tokenformer.checkpoint.manifest import Manifest
+from megatron_tokenformer.durable import unwritable
 from megatron_tokenformer.errors import UserError
 
 SPARE_BYTES = 16 * 1024 * 1024
@@ -26,13 +26,9 @@ def check_writable(folder: Path, doing: str) -> None:
     Raises:
         UserError: says where, and why.
     """
-    there = nearest_folder(folder)
-    try:
-        with tempfile.TemporaryFile(dir=there):  # rights do not tell: root has all, even in /proc
-            pass
-    except OSError as error:
-        why = f"nothing can be written in {there} ({error.strerror}); give another --save"
-        raise UserError(f"cannot {doing}: {why}", exit_code=1) from None
+    why = unwritable(nearest_folder(folder))
+    if why is not None:
+        raise UserError(f"cannot {doing}: {why}; give another --save", exit_code=1)
 
 
 def check_space(folder: Path, doing: str, size: int) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from argparse import ArgumentParser
 from pathlib import Path
 
+from megatron_tokenformer.durable import unwritable
 from megatron_tokenformer.errors import UserError
 
 LOAD = "a checkpoint, a folder of them, or a run's folder (then the newest)"
@@ -35,9 +35,6 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path} already exists; remove it, or name another --output")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):  # rights do not tell: root has all, even in /proc
-            pass
-    except OSError as error:
-        why = f"nothing can be written in {path.parent} ({error.strerror})"
-        raise UserError(f"--output {path}: {why}", exit_code=1) from None
+    why = unwritable(path.parent)
+    if why is not None:
+        raise UserError(f"--output {path}: {why}", exit_code=1)

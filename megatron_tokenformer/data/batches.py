@@ -14,7 +14,7 @@ import torch
 
 from megatron_tokenformer.data.indexed import TokenFile
 from megatron_tokenformer.data.order import BLOCK, BlendTable, permute
-from megatron_tokenformer.data.pair import Identity, identify
+from megatron_tokenformer.data.pair import Identity
 from megatron_tokenformer.data.provenance import TokenizerRecord, tokenizer_of
 from megatron_tokenformer.errors import UserError
 
@@ -107,7 +107,7 @@ class Blend:
                 )
 
     def check_unchanged(self) -> None:
-        """Refuse to go on with sources that are no longer what was opened.
+        """Refuse to go on with sources that are no longer what was opened; see `Pair.check_unchanged`.
 
         Raises:
             UserError: a file was replaced, rewritten or removed (exit code 1).
@@ -116,12 +116,8 @@ class Blend:
             source.file.pair.check_unchanged()
 
     def identities(self) -> dict[str, Identity]:
-        """What tells each source from another copy that differs, by prefix; reads 256 KiB of each.
-
-        Raises:
-            UserError: a file cannot be read.
-        """
-        return {source.file.prefix: identify(source.file.pair) for source in self._windows}
+        """What tells each source from another copy that differs, by prefix."""
+        return {source.file.prefix: source.file.pair.identity for source in self._windows}
 
 
 def open_blend(sources: Sequence[tuple[float, str]], sequence_length: int, seed: int) -> Blend:

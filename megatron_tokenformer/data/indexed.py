@@ -6,7 +6,6 @@ preprocessing, one sequence a document unless told otherwise.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import tempfile
@@ -20,7 +19,7 @@ import numpy as np
 from megatron_tokenformer.data.index_layout import CODES, HEADER, MAGIC, PART, document_lengths, parts
 from megatron_tokenformer.data.pair import open_pair, pair_paths
 from megatron_tokenformer.data.sidecar import discard_sidecar, publish_sidecar
-from megatron_tokenformer.durable import sync_folder
+from megatron_tokenformer.durable import sync_folder, try_lock
 from megatron_tokenformer.errors import UserError
 
 
@@ -296,12 +295,9 @@ def _map_tokens(path: str, dtype: np.dtype) -> np.ndarray:
 
 def _lock(file: BinaryIO, path: str) -> bool:
     """Whether this process alone has the file, and it is still the one of that name."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks: there it is the user who must not start two
+    locked = try_lock(file.fileno())
+    if not locked:
+        return locked is None  # a file system without locks: there it is the user who must not start two
     with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     return False

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+import sys
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from megatron_tokenformer.data.index_layout import Index, read_index
 from megatron_tokenformer.data.sidecar import read_sidecar, sidecar_path
@@ -25,21 +26,30 @@ class Stamp(NamedTuple):
     inode: int
 
 
+class Identity(NamedTuple):
+    """What two copies of a dataset have in common: counts, and hashes of the ends of both files."""
+
+    documents: int
+    tokens: int
+    digests: tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Pair:
-    """A pair whose ends are sound.
-
-    Attributes:
-        prefix: its name without ``.bin``.
-        index: where its documents lie.
-        sidecar: its description, if it has one.
-        stamps: of the ``.bin`` and the ``.idx``, from before anything was read.
-    """
+    """A pair whose ends are sound."""
 
     prefix: str
+    """its name without `.bin`"""
     index: Index
+    """where its documents lie"""
     sidecar: dict[str, Any] | None
+    """its description, if it has one"""
     stamps: tuple[Stamp, Stamp]
+    """of the `.bin` and the `.idx`, from before anything was read"""
+    digests: tuple[str, str]
+    """of 64 KiB at each end of the `.bin`, and of the `.idx`, when it was opened"""
+    _unanswered: set[str] = field(default_factory=set)
+    """files that could not be looked at again, of which a warning told"""
 
     @property
     def token_bytes(self) -> int:
@@ -51,23 +61,42 @@ class Pair:
         """Ids in the ``.bin``."""
         return self.token_bytes // self.index.dtype.itemsize
 
+    @property
+    def identity(self) -> Identity:
+        """What tells it from a copy that differs."""
+        return Identity(self.index.documents, self.tokens, self.digests)
+
     def check_unchanged(self) -> None:
         """Compare both files with what they were when the pair was opened: one stat each.
+
+        Only where a file has another inode, with the same size and time, its ends are read: a network's file
+        system may give a path another one at any time, and a copy may have taken its place.  Where a file
+        system fails to answer, a warning on standard error says so, once a file; the next call asks again.
 
         Raises:
             UserError: one was replaced, rewritten or removed (exit code 1).
         """
-        for path, before in zip(pair_paths(self.prefix), self.stamps):
+        for path, stamp, digest in zip(pair_paths(self.prefix), self.stamps, self.digests):
             try:
-                now = _stamp(path)
-            except OSError as error:
+                self._check_file(path, stamp, digest)
+            except FileNotFoundError as error:
                 raise self._changed(f"{path}: {error.strerror}") from error
-            if now.inode != before.inode:
+            except OSError as error:
+                if path not in self._unanswered:
+                    self._unanswered.add(path)
+                    why = f"whether it was changed cannot be told now ({error.strerror})"
+                    print(f"warning: {path}: {why}", file=sys.stderr, flush=True)
+
+    def _check_file(self, path: str, before: Stamp, digest: str) -> None:
+        now = _stamp(path)
+        if now.inode != before.inode:
+            alike = now._replace(inode=before.inode) == before
+            if not alike or _digest(path) != digest:
                 raise self._changed(f"{path} is another file now")
-            if now.bytes != before.bytes:
-                raise self._changed(f"{path} had {before.bytes} bytes and has {now.bytes}")
-            if now.modified_ns != before.modified_ns:
-                raise self._changed(f"{path} was written to")
+        if now.bytes != before.bytes:
+            raise self._changed(f"{path} had {before.bytes} bytes and has {now.bytes}")
+        if now.modified_ns != before.modified_ns:
+            raise self._changed(f"{path} was written to")
 
     def _changed(self, how: str) -> UserError:
         return UserError(
@@ -75,14 +104,6 @@ class Pair:
             "leave data alone while a run reads them",
             exit_code=1,
         )
-
-
-class Identity(NamedTuple):
-    """What two copies of a dataset have in common: counts, and a hash of the ends of both files."""
-
-    documents: int
-    tokens: int
-    digest: str
 
 
 def open_pair(prefix: str) -> Pair:
@@ -94,6 +115,7 @@ def open_pair(prefix: str) -> Pair:
     bin_path, idx_path = require_pair(prefix)
     try:
         stamps = _stamp(bin_path), _stamp(idx_path)
+        digests = _digest(bin_path), _digest(idx_path)
         try:
             index = read_index(idx_path)
         except UserError as error:
@@ -101,26 +123,9 @@ def open_pair(prefix: str) -> Pair:
         _check_ends(prefix, index, stamps[0].bytes)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or prefix}: {error.strerror}", exit_code=1) from error
-    pair = Pair(prefix, index, read_sidecar(prefix), stamps)
+    pair = Pair(prefix, index, read_sidecar(prefix), stamps, digests)
     _check_description(pair)
     return pair
-
-
-def identify(pair: Pair) -> Identity:
-    """The identity of a pair, from 64 KiB at each end of each file.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        for path in pair_paths(pair.prefix):
-            with open(path, "rb", buffering=0) as file:
-                for edge in _edges(file):
-                    digest.update(edge)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", exit_code=1) from error
-    return Identity(pair.index.documents, pair.tokens, digest.hexdigest())
 
 
 def pair_paths(prefix: str) -> tuple[str, str]:
@@ -143,6 +148,17 @@ def require_pair(prefix: str) -> tuple[str, str]:
 def _stamp(path: str) -> Stamp:
     found = os.stat(path)
     return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _digest(path: str) -> str:
+    """A hash of the first and the last bytes of a file; those of a short one count twice in part."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb", buffering=0) as file:
+        digest.update(file.read(EDGE_BYTES))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - EDGE_BYTES))
+        digest.update(file.read(EDGE_BYTES))
+    return digest.hexdigest()
 
 
 def _check_ends(prefix: str, index: Index, size: int) -> None:
@@ -187,14 +203,6 @@ def _damaged(prefix: str, how: str) -> UserError:
         f"{prefix} is damaged: {how}; `tokenformer inspect_dataset {prefix}` tells all that is wrong",
         exit_code=1,
     )
-
-
-def _edges(file: BinaryIO) -> tuple[bytes, bytes]:
-    """The first and the last bytes of a file; those of a short one twice in part."""
-    first = file.read(EDGE_BYTES)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - EDGE_BYTES))
-    return first, file.read(EDGE_BYTES)
 
 
 def _hint(prefix: str) -> str:

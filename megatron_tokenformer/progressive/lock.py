@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_tokenformer.durable import try_lock
 from megatron_tokenformer.errors import UserError
 
 LOCK = "lock"
@@ -73,7 +73,7 @@ def exclusive(folder: Path, patience: float = ORPHAN_SECONDS) -> Iterator[int]:
 def _acquire(descriptor: int, folder: Path, deadline: float) -> None:
     told = False
     while True:
-        locked = _try_lock(descriptor)
+        locked = try_lock(descriptor)
         holder = _holder(descriptor)
         dead = holder is not None and holder.is_gone()
         ours = holder is None or holder.host == socket.gethostname()
@@ -93,17 +93,6 @@ def _refusal(folder: Path, holder: Holder | None) -> str:
         f"{folder} is in use by {who}, or by a command that it started; wait for it or end it "
         f"(only if it is certainly gone: delete {folder / LOCK})"
     )
-
-
-def _try_lock(descriptor: int) -> bool | None:
-    """Whether the lock is ours now; None where the file system has no locks (Lustre without -o flock)."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
 
 
 def _holder(descriptor: int) -> Holder | None:

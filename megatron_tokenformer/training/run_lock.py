@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tokenformer.durable import try_lock
 from megatron_tokenformer.errors import UserError
 
 LOCK = ".lock"
@@ -41,17 +41,11 @@ def only_run(folder: Path, patience: float = PATIENCE_S) -> Iterator[None]:
 
 def _acquire(descriptor: int, folder: Path, deadline: float) -> None:
     told = False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"another run is at work in {folder}; wait for it, end it, or give another run_dir", 1
-                ) from None
-        except OSError:
-            return
+    while try_lock(descriptor) is False:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"another run is at work in {folder}; wait for it, end it, or give another run_dir", 1
+            )
         if not told:
             print(f"waiting for another run in {folder} to end", flush=True)
             told = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -15,7 +16,7 @@ import pytest
 from megatron_tokenformer.data.index_layout import HEADER, MAGIC
 from megatron_tokenformer.data.indexed import TokenFile, TokenFileWriter
 from megatron_tokenformer.data.inspection import inspect_dataset
-from megatron_tokenformer.data.pair import EDGE_BYTES, identify, open_pair
+from megatron_tokenformer.data.pair import EDGE_BYTES, open_pair
 from megatron_tokenformer.errors import UserError
 from tests.descriptions import describe
 
@@ -118,9 +119,23 @@ def test_a_tokenizer_that_a_checkpoint_could_not_record_is_refused(
         open_pair(prefix)
 
 
-def replace_by_rename(path: str) -> None:
+def replace_by_copy(path: str) -> None:
+    """Another inode with the same content and the same time, as `rsync -t` leaves it."""
     shutil.copy2(path, f"{path}.new")
     os.replace(f"{path}.new", path)
+
+
+def replace_by_other(path: str) -> None:
+    """Another inode with other content of the same size and time."""
+    before = os.stat(path)
+    Path(f"{path}.new").write_bytes(Path(path).read_bytes()[::-1])
+    os.utime(f"{path}.new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(f"{path}.new", path)
+
+
+def replace_by_later(path: str) -> None:
+    replace_by_copy(path)
+    os.utime(path)
 
 
 def rewrite_in_place(path: str) -> None:
@@ -129,30 +144,88 @@ def rewrite_in_place(path: str) -> None:
         file.write(content[::-1])
 
 
-CHANGES = {
-    "is another file now": replace_by_rename,
-    "was written to": rewrite_in_place,
-    "bytes and has 3": lambda path: os.truncate(path, 3),
-    "No such file": os.remove,
-}
+CHANGES = [
+    ("is another file now", replace_by_other),
+    ("is another file now", replace_by_later),
+    ("was written to", rewrite_in_place),
+    ("bytes and has 3", lambda path: os.truncate(path, 3)),
+    ("No such file", os.remove),
+]
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-@pytest.mark.parametrize("words", CHANGES)
-def test_files_that_change_while_they_are_read_are_found(prefix: str, suffix: str, words: str) -> None:
+@pytest.mark.parametrize(("words", "change"), CHANGES)
+def test_files_that_change_while_they_are_read_are_found(
+    prefix: str, suffix: str, words: str, change: Callable[[str], None]
+) -> None:
     file = TokenFile(prefix)
     file.pair.check_unchanged()
-    CHANGES[words](prefix + suffix)
+    change(prefix + suffix)
     with pytest.raises(UserError, match=words) as refused:
         file.pair.check_unchanged()
     assert refused.value.exit_code == 1
     assert str(refused.value).startswith(f"{prefix} was changed or replaced while the run was reading it (")
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_another_inode_with_the_same_content_is_no_change(prefix: str, suffix: str) -> None:
+    pair = open_pair(prefix)
+    os.link(prefix + suffix, f"{prefix}.first")  # or its inode might be given to a later file
+    replace_by_copy(prefix + suffix)
+    pair.check_unchanged()
+    replace_by_other(prefix + suffix)
+    with pytest.raises(UserError, match="is another file now"):
+        pair.check_unchanged()
+
+
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO, errno.ENOTCONN])
+def test_a_file_system_that_does_not_answer_is_told_of_once_and_asked_again(
+    prefix: str, error: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = open_pair(prefix)
+    answer = os.stat
+
+    def fail(path: str) -> os.stat_result:
+        if path == f"{prefix}.bin":
+            raise OSError(error, os.strerror(error), path)
+        return answer(path)
+
+    monkeypatch.setattr(os, "stat", fail)
+    pair.check_unchanged()
+    assert capsys.readouterr().err == (
+        f"warning: {prefix}.bin: whether it was changed cannot be told now ({os.strerror(error)})\n"
+    )
+    pair.check_unchanged()
+    assert capsys.readouterr().err == ""
+    rewrite_in_place(f"{prefix}.idx")
+    with pytest.raises(UserError, match=r"\.idx was written to"):
+        pair.check_unchanged()
+    rewrite_in_place(f"{prefix}.bin")
+    monkeypatch.setattr(os, "stat", answer)
+    with pytest.raises(UserError, match=r"\.bin was written to"):
+        pair.check_unchanged()
+
+
+def test_a_new_file_that_cannot_be_read_is_told_of_and_looked_at_again(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = open_pair(prefix)
+    replace_by_other(f"{prefix}.bin")
+
+    def fail(path: str) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_tokenformer.data.pair._digest", fail)
+        pair.check_unchanged()
+    assert capsys.readouterr().err.startswith(f"warning: {prefix}.bin: whether it was changed cannot be told")
+    with pytest.raises(UserError, match="is another file now"):
+        pair.check_unchanged()
+
+
 def test_reading_changes_nothing(prefix: str) -> None:
     file = TokenFile(prefix)
     assert file.window(0, file.tokens).tolist() == list(range(12))
-    identify(file.pair)
     file.pair.check_unchanged()
 
 
@@ -173,7 +246,7 @@ def sparse_pair(prefix: Path, documents: int, length: int) -> str:
 
 
 def cost_of_opening(prefix: str) -> tuple[int, int]:
-    """Bytes read from files, and peak of memory, of opening and identifying a pair."""
+    """Bytes read from files, and peak of memory, of opening a pair."""
 
     def bytes_read() -> int:
         told = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
@@ -181,8 +254,7 @@ def cost_of_opening(prefix: str) -> tuple[int, int]:
 
     tracemalloc.start()
     before = bytes_read()
-    file = TokenFile(prefix)
-    identify(file.pair)
+    TokenFile(prefix)
     read, (_, peak) = bytes_read() - before, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return read, peak
@@ -207,14 +279,14 @@ def test_copies_are_identical_and_what_differs_at_an_end_is_not(prefix: str, tmp
     copy = str(tmp_path / "copy")
     for suffix in (".bin", ".idx"):
         shutil.copy(long + suffix, copy + suffix)
-    expected = identify(open_pair(long))
+    expected = open_pair(long).identity
     assert (expected.documents, expected.tokens) == (2000, 200_000)
-    assert identify(open_pair(copy)) == expected
-    assert identify(open_pair(prefix)) != expected
+    assert open_pair(copy).identity == expected
+    assert open_pair(prefix).identity != expected
     for place in (0, EDGE_BYTES - 2, 400_000 - EDGE_BYTES, 400_000 - 2):
         shutil.copy(f"{long}.bin", f"{copy}.bin")
         put(".bin", place, "<H", 1001)(copy)
-        assert identify(open_pair(copy)) != expected, place
+        assert open_pair(copy).identity != expected, place
     shutil.copy(f"{long}.bin", f"{copy}.bin")
     put(".idx", 34, "<i", 99)(copy)
-    assert identify(open_pair(copy)) != expected
+    assert open_pair(copy).identity != expected

@@ -227,13 +227,21 @@ def change_then_save(layout: Layout, folder: Path, change: str) -> str:
     return "saved"
 
 
-def _replace() -> None:
+def _copy() -> None:
     shutil.copy2("toy_text_document.bin", "new")
     os.replace("new", "toy_text_document.bin")
 
 
+def _replace() -> None:
+    shutil.copy("toy_text_document.bin", "new")
+    write_at("new", 7000, "<H", 1)
+    shutil.copystat("toy_text_document.bin", "new")
+    os.replace("new", "toy_text_document.bin")
+
+
+NO_CHANGES: dict[str, Any] = {"nothing": lambda: None, "a copy of the same": _copy}
 CHANGES: dict[str, Any] = {
-    "nothing": lambda: None,
+    **NO_CHANGES,
     "replaced": _replace,
     "truncated": lambda: os.truncate("toy_text_document.bin", 100),
     "rewritten": lambda: write_at("toy_text_document.bin", 7000, "<H", 1),
@@ -257,7 +265,7 @@ def copies(tmp_path: Path) -> Path:
 def test_no_checkpoint_is_written_when_the_data_of_any_rank_changed(copies: Path, change: str) -> None:
     said = run_ranks(2, change_then_save, copies, change)
     kept = [path.name for path in complete_checkpoints(copies / change / "checkpoints")]
-    if change == "nothing":
+    if change in NO_CHANGES:
         assert said == ["saved"] * 2 and kept == ["step-00000000", "step-00000001"]
         return
     assert kept == ["step-00000000"]
