@@ -63,6 +63,12 @@ class TokenWindows:
             raise IndexError(f"window {index} of {self._windows}")
         return self.file.window(index * self.sequence_length, self.sequence_length + 1)
 
+    def expect(self, index: int) -> np.ndarray:
+        """Sample `index` as by `[]`; the system begins to read it from the disk."""
+        window = self[index]
+        self.file.expect(index * self.sequence_length, window.size)
+        return window
+
 
 class Blend:
     """An endless sequence of samples from weighted sources; see :func:`open_blend`.
@@ -88,10 +94,13 @@ class Blend:
 
     def __getitem__(self, position: int) -> np.ndarray:
         """The sample at position 0, 1, 2, ...: ``[S + 1]`` int64. Sources start over as often as needed."""
-        source, index = self._table.locate(position)
-        windows = self._windows[source]
-        epoch, place = divmod(index, len(windows))
-        return windows[permute(place, len(windows), self._seed, epoch)].astype(np.int64)
+        windows, index = self._locate(position)
+        return windows[index].astype(np.int64)
+
+    def expect(self, position: int) -> np.ndarray:
+        """The sample at a position as a view, [S + 1] in its file's type; the system begins to read it."""
+        windows, index = self._locate(position)
+        return windows.expect(index)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse sources whose tokenizer has more ids than the model, as far as their ``.json`` tells.
@@ -118,6 +127,12 @@ class Blend:
     def identities(self) -> dict[str, Identity]:
         """What tells each source from another copy that differs, by prefix."""
         return {source.file.prefix: source.file.pair.identity for source in self._windows}
+
+    def _locate(self, position: int) -> tuple[TokenWindows, int]:
+        source, index = self._table.locate(position)
+        windows = self._windows[source]
+        epoch, place = divmod(index, len(windows))
+        return windows, permute(place, len(windows), self._seed, epoch)
 
 
 def open_blend(sources: Sequence[tuple[float, str]], sequence_length: int, seed: int) -> Blend:
@@ -170,8 +185,12 @@ def micro_batches(
 def _micro_batches(
     blend: Blend, position: int, micro_batch_size: int, per_step: int, data_rank: int, data_size: int
 ) -> Iterator[torch.Tensor]:
+    ahead: list[np.ndarray] = []
     while True:
         for micro_batch in range(per_step):
             start = position + (micro_batch * data_size + data_rank) * micro_batch_size
-            yield torch.from_numpy(np.stack([blend[start + i] for i in range(micro_batch_size)]))
+            # While one micro-batch computes, the disk is at work on the next.
+            windows, ahead = ahead, [blend.expect(start + i) for i in range(micro_batch_size)]
+            if windows:
+                yield torch.from_numpy(np.stack(windows, dtype=np.int64))
         position += micro_batch_size * per_step * data_size

@@ -231,9 +231,11 @@ class TokenFile:
         self.documents = self.index.documents
         bin_path = pair_paths(prefix)[0]
         try:
-            self._stream = _map_tokens(bin_path, self.dtype)
+            self._mapped = _map(bin_path)
         except OSError as error:
             raise UserError(f"cannot read {bin_path}: {error.strerror}", exit_code=1) from error
+        content = self._mapped or b""
+        self._stream = np.frombuffer(content, self.dtype, count=len(content) // self.dtype.itemsize)
         self.tokens = self._stream.size
 
     def window(self, start: int, length: int) -> np.ndarray:
@@ -247,6 +249,14 @@ class TokenFile:
                 f"window [{start}, {start + length}) of {self.prefix}, which has {self.tokens} tokens"
             )
         return self._stream[start : start + length]
+
+    def expect(self, start: int, length: int) -> None:
+        """Have the system begin to read a window that `window` will be asked for; waits for nothing."""
+        if self._mapped is None:
+            return
+        size = self.dtype.itemsize
+        first = start * size // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapped.madvise(mmap.MADV_WILLNEED, first, (start + length) * size - first)
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, ``[documents]`` int64. Reads the whole index: not for a run's start."""
@@ -282,15 +292,15 @@ def publish_pair(prefix: str) -> None:
     sync_folder(Path(idx_path).parent)
 
 
-def _map_tokens(path: str, dtype: np.dtype) -> np.ndarray:
+def _map(path: str) -> mmap.mmap | None:
     if os.path.getsize(path) == 0:
-        return np.empty(0, dtype=dtype)
+        return None  # what holds nothing cannot be mapped
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):
         # Windows are read in a shuffled order: read-ahead would fetch megabytes for each few kilobytes.
         mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype=dtype, count=len(mapped) // dtype.itemsize)
+    return mapped
 
 
 def _lock(file: BinaryIO, path: str) -> bool:

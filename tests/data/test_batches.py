@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tokenformer.data.batches import Blend, TokenWindows, micro_batches, open_blend
-from megatron_tokenformer.data.indexed import TokenFileWriter
+from megatron_tokenformer.data.indexed import TokenFile, TokenFileWriter
 from megatron_tokenformer.data.order import BLOCK
 from megatron_tokenformer.errors import UserError
 from tests.descriptions import describe
@@ -140,6 +140,27 @@ def test_micro_batches_go_to_the_ranks_in_turn(blend: Blend) -> None:
     assert batch.shape == (2, SEQUENCE + 1)
     start = 5 + (1 * 2 + 0) * 2
     assert torch.equal(batch, torch.from_numpy(np.stack([blend[start], blend[start + 1]])))
+
+
+def test_the_next_micro_batch_is_expected_while_one_is_computed(
+    blend: Blend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        TokenFile, "expect", lambda file, start, length: expected.append((file.prefix, start, length))
+    )
+    mine = [5 + (m * 2 + 1) * 3 + i for m in range(6) for i in range(3)]  # of rank 1 of 2, in threes
+    windows = [blend.expect(position) for position in mine]
+    ranges, expected = expected, []
+    assert [length for _, _, length in ranges] == [SEQUENCE + 1] * 18
+    assert {Path(prefix).name for prefix, _, _ in ranges} == {"a", "b"}
+    first_tokens = {"a": 0, "b": 10_000}
+    assert [int(window[0]) for window in windows] == [
+        first_tokens[Path(prefix).name] + start for prefix, start, _ in ranges
+    ]
+    for count, batch in enumerate(itertools.islice(micro_batches(blend, 5, 3, 2, 1, 2), 5), 1):
+        assert batch.tolist() == [window.tolist() for window in windows[3 * (count - 1) : 3 * count]]
+        assert expected == ranges[: 3 * (count + 1)]
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 0, 1), (1, 0, 0, 1), (1, 1, 2, 2), (1, 1, -1, 2), (1, 1, 0, 0)])
