@@ -21,7 +21,7 @@ SEQUENCE = 8
 
 
 def write_stream(prefix: Path, tokens: int, first: int = 0) -> str:
-    """A pair whose token at place i is ``first + i``, so that a window tells where it is from."""
+    """A pair whose token at place i is `first + i`, so that a window tells where it is from."""
     with TokenFileWriter(str(prefix), np.dtype(np.int32)) as writer:
         writer.add(np.arange(first, first + tokens), np.array([tokens]))
         writer.finish()
@@ -107,7 +107,7 @@ def test_a_larger_vocabulary_than_the_models_is_refused(tmp_path: Path) -> None:
 
 
 def steps(blend: Blend, position: int, layout: tuple[int, int, int], count: int) -> list[torch.Tensor]:
-    """The global batches of ``count`` steps as all ranks together see them, samples sorted by first token."""
+    """The global batches of `count` steps as all ranks together see them, samples sorted by first token."""
     micro, per_step, data_size = layout
     ranks = [micro_batches(blend, position, micro, per_step, rank, data_size) for rank in range(data_size)]
     batches = []
