@@ -4,6 +4,11 @@ One dataset of Megatron's format is made and opened by all three.  Samples are t
 turns, so that a busy machine is busy for all; what counts are ratios.
 
     python benchmarks/loader.py --documents 300000 --rounds 5
+
+With --cold, instead: how long micro-batches of eight samples are waited for, from the disk and from memory,
+if the disk is at work on each while the one before is computed, as in training, and if it is not.
+
+    python benchmarks/loader.py --documents 5000000 --cold
 """
 
 from __future__ import annotations
@@ -12,14 +17,16 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from reporting import add_json_option, report, settings
 
-from megatron_tokenformer.data.batches import open_blend
+from megatron_tokenformer.checkpoint.shards import drop_from_cache
+from megatron_tokenformer.data.batches import Blend, micro_batches, open_blend
 from megatron_tokenformer.data.indexed import TokenFileWriter
 from megatron_tokenformer.quiet import quiet_imports, quiet_start
 
@@ -29,6 +36,12 @@ with quiet_imports():
     from megatron.core.datasets.utils import Split
 
 Reader = Callable[[int], Any]
+
+MICRO_BATCH = 8
+COLD_SAMPLES = 1600
+"""in each round, of each way to read"""
+PAUSE_S = 0.02
+"""between two micro-batches, in place of computing one"""
 
 
 class _Tokenizer:
@@ -125,6 +138,56 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def when_asked(blend: Blend, position: int) -> Iterator[Any]:
+    """Micro-batches whose samples are read when they are asked for."""
+    for start in count(position, MICRO_BATCH):
+        yield np.stack([blend[start + i] for i in range(MICRO_BATCH)])
+
+
+def one_ahead(blend: Blend, position: int) -> Iterator[Any]:
+    """Micro-batches as training reads them."""
+    return micro_batches(blend, position, MICRO_BATCH, 1)
+
+
+WAYS = {"when asked for": when_asked, "one micro-batch ahead": one_ahead}
+
+
+def measure_cold(prefix: str, length: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of the rounds' microseconds that a sample is waited for, from the disk and then from memory."""
+    times: dict[str, dict[str, list[float]]] = {name: {"disk_us": [], "memory_us": []} for name in WAYS}
+    for round_ in range(rounds):
+        for place, name in enumerate(WAYS if round_ % 2 else reversed(WAYS)):
+            position = (2 * round_ + place) * COLD_SAMPLES
+            drop_from_cache(Path(f"{prefix}.bin"))
+            for kind in ("disk_us", "memory_us"):
+                times[name][kind].append(_waited(prefix, length, WAYS[name], position))
+    return {
+        name: {kind: statistics.median(values) for kind, values in kinds.items()}
+        for name, kinds in times.items()
+    }
+
+
+def _waited(prefix: str, length: int, way: Callable[[Blend, int], Iterator[Any]], position: int) -> float:
+    # Opened anew: pages that a map holds are not dropped.
+    batches = way(open_blend([(1.0, prefix)], length, seed=1234), position)
+    waited = []
+    # One less than there are, for the last asks for one more.
+    for _ in range(COLD_SAMPLES // MICRO_BATCH - 1):
+        started = time.perf_counter()
+        next(batches)
+        waited.append(time.perf_counter() - started)
+        time.sleep(PAUSE_S)
+    # The first is left out: nobody could have asked for it earlier.
+    return 1e6 * statistics.mean(waited[1:]) / MICRO_BATCH
+
+
+def cold_table(found: dict[str, dict[str, float]]) -> str:
+    """The figures as Markdown."""
+    lines = ["| read | from the disk, us per sample | from memory, us per sample |", "|---|---|---|"]
+    lines += [f"| {name} | {row['disk_us']:.1f} | {row['memory_us']:.1f} |" for name, row in found.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parse the command line, make the dataset, measure, print."""
     parser = argparse.ArgumentParser(
@@ -135,16 +198,22 @@ def main() -> None:
     add("--mean-length", type=int, default=400, help="tokens of a document, on average")
     add("--sequence-length", type=int, default=2048)
     add("--rounds", type=int, default=5)
+    add("--cold", action="store_true", help="measure waiting for micro-batches from the disk instead")
     add_json_option(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "benchmark_text_document")
         write_dataset(prefix, given.documents, given.mean_length)
-        samples = given.documents * given.mean_length // given.sequence_length * 9 // 10
-        found = measure(prefix, given.sequence_length, samples, given.rounds, folder)
-    length = given.sequence_length
+        length = given.sequence_length
+        samples = given.documents * given.mean_length // length * 9 // 10
+        if given.cold:
+            found = measure_cold(prefix, length, given.rounds)
+            samples, shown = 2 * given.rounds * COLD_SAMPLES, cold_table(found)
+        else:
+            found = measure(prefix, length, samples, given.rounds, folder)
+            shown = table(found)
     head = f"{given.documents:,} documents, samples of {length} tokens, {samples:,} samples read\n"
-    report(head + table(found), {"settings": settings(given), "results": found}, given.json)
+    report(head + shown, {"settings": settings(given), "results": found}, given.json)
 
 
 if __name__ == "__main__":

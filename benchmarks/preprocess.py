@@ -44,7 +44,7 @@ _BATCH_CHARACTERS = 4_000_000
 
 
 def make_code(size: int) -> Iterator[str]:
-    """About ``size`` bytes of Python source in a shuffled order; over again if there is no more."""
+    """About `size` bytes of Python source in a shuffled order; over again if there is no more."""
     roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
     files = sorted({path for root in roots for path in root.rglob("*.py") if path.stat().st_size < 1_000_000})
     random.Random(0).shuffle(files)
@@ -61,7 +61,7 @@ def make_code(size: int) -> Iterator[str]:
 
 
 def make_words(size: int) -> Iterator[str]:
-    """About ``size`` bytes of made-up words: of two million, the r-th as frequent as ``1 / (r + 2.7)``."""
+    """About `size` bytes of made-up words: of two million, the r-th as frequent as `1 / (r + 2.7)`."""
     generator = np.random.default_rng(0)
     syllables = [a + b + c for a in "bcdfghklmnprstvw" for b in "aeiou" for c in ("", "n", "r", "s", "l")]
     cuts = np.cumsum(1 / (np.arange(2_000_000) + 2.7))
@@ -79,7 +79,7 @@ CORPORA = {"code": make_code, "words": make_words}
 
 
 def make_inputs(folder: Path, corpus: str, megabytes: float, vocab_size: int) -> None:
-    """Write ``all.jsonl.zst``, ``one.jsonl`` (one document), and ``tokenizer.json``, trained on 20 MB."""
+    """Write `all.jsonl.zst`, `one.jsonl` (one document), and `tokenizer.json`, trained on 20 MB."""
     lines = [orjson.dumps({"text": text}) + b"\n" for text in CORPORA[corpus](int(megabytes * 1e6))]
     (folder / "all.jsonl.zst").write_bytes(zstandard.compress(b"".join(lines), 3))
     (folder / "one.jsonl").write_bytes(orjson.dumps({"text": "one"}) + b"\n")
@@ -90,7 +90,7 @@ def make_inputs(folder: Path, corpus: str, megabytes: float, vocab_size: int) ->
 
 
 def run_bare(name: str, folder: Path, megabytes: float) -> dict[str, float]:
-    """Encode the first ``megabytes`` in memory, with one bare library on all cores.
+    """Encode the first `megabytes` in memory, with one bare library on all cores.
 
     Returns:
         Tokens, bytes of text, and the seconds that encoding took.

@@ -47,7 +47,7 @@ class Usage(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A tool to run: its name, its command but for input and output, and its ``PYTHONPATH``."""
+    """A tool to run: its name, its command but for input and output, and its `PYTHONPATH`."""
 
     name: str
     command: list[str]
@@ -58,8 +58,8 @@ def find_contenders(checkouts: dict[str, str | None], folder: Path, workers: int
     """Ours, and the tool of every checkout that is given.
 
     Args:
-        checkouts: the folder of ``gpt-neox`` and ``megatron-lm``; None for one to leave out.
-        folder: where ``tokenizer.json`` and Megatron-LM's folders are, see :func:`prepare`.
+        checkouts: the folder of `gpt-neox` and `megatron-lm`; None for one to leave out.
+        folder: where `tokenizer.json` and Megatron-LM's folders are, see `prepare`.
         workers: of each tool.
 
     Raises:
@@ -92,7 +92,7 @@ def find_contenders(checkouts: dict[str, str | None], folder: Path, workers: int
 
 
 def prepare(folder: Path, corpus: str, megabytes: float, vocab_size: int) -> None:
-    """Write ``all.jsonl``, ``one.jsonl`` (one document), ``tokenizer.json``, and Megatron-LM's folders."""
+    """Write `all.jsonl`, `one.jsonl` (one document), `tokenizer.json`, and Megatron-LM's folders."""
     make_inputs(folder, corpus, megabytes, vocab_size)
     with zstandard.open(folder / "all.jsonl.zst", "rb") as packed:
         (folder / "all.jsonl").write_bytes(packed.read())
@@ -105,7 +105,7 @@ def prepare(folder: Path, corpus: str, megabytes: float, vocab_size: int) -> Non
 
 
 def run(contender: Contender, folder: Path, input_name: str) -> Usage:
-    """Run a tool on one of the inputs; its outputs get the prefix ``folder / name``.
+    """Run a tool on one of the inputs; its outputs get the prefix `folder / name`.
 
     Raises:
         UserError: it failed, or left no outputs.
@@ -126,7 +126,7 @@ def _outputs(name: str, folder: Path) -> list[Path]:
 
 
 def run_measured(command: list[str], environment: dict[str, str], folder: Path) -> Usage:
-    """Run a command in ``folder``; what it and all processes that it awaits take.
+    """Run a command in `folder`; what it and all processes that it awaits take.
 
     Raises:
         UserError: it ended with another code than 0.

@@ -72,12 +72,11 @@ def nobody_reads(stream: TextIO) -> bool:
 
 
 def run_cli(main: Callable[[], int | None], program: str | None = None) -> NoReturn:
-    """Call ``main`` and leave the process with its exit code.
+    """Call `main` and leave the process with its exit code.
 
     A mistake of the user's, or a file that cannot be read or written, becomes one line on standard error and
     an exit code, Ctrl-C becomes 130 as in a shell, and a reader of the output that has ended is no error to
-    speak of. Any other exception is a bug of ours and keeps its
-    traceback.
+    speak of.  Any other exception is a bug of ours and keeps its traceback.
 
     Args:
         program: what usage lines call it; by default the name of its file.

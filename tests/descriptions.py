@@ -1,4 +1,4 @@
-"""Write the description (``PREFIX.json``) of a dataset that a test made by hand."""
+"""Write the description (`PREFIX.json`) of a dataset that a test made by hand."""
 
 from __future__ import annotations
 

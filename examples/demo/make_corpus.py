@@ -27,7 +27,7 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tes
 
 
 def source_files(root: Path) -> list[Path]:
-    """The ``.py`` files under ``root`` without tests and installed packages, by relative path."""
+    """The `.py` files under `root` without tests and installed packages, by relative path."""
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
@@ -72,7 +72,7 @@ def documents(root: Path) -> Iterator[tuple[str, bytes, int]]:
 
 
 def write_corpus(folder: Path) -> tuple[int, int]:
-    """Write the three files into ``folder``, all or none; returns the documents and their bytes of text."""
+    """Write the three files into `folder`, all or none; returns the documents and their bytes of text."""
     folder.mkdir(parents=True, exist_ok=True)
     count = size = 0
     with ExitStack() as stack:

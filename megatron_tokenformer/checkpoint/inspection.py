@@ -29,27 +29,24 @@ LEFTOVERS: dict[str, Kind] = {
 
 @dataclass
 class Inspection:
-    """What was found of one checkpoint.
-
-    Attributes:
-        path: its folder.
-        kind: `checkpoint` if it has a manifest; else what is known of it by its name.
-        time: when its manifest was written, or its folder last changed; UTC, ISO 8601.
-        bytes: of all files in it; some may be linked into other checkpoints too.
-        latest: whether the folder's `latest` names it.
-        manifest: None if there is none, or it is damaged; or the folder is waste, so that nobody looked.
-        damages: all that is wrong, each with file and reason; none of an incomplete one, which is no damage.
-        hashes_read: whether the shards were read, not only measured.
-    """
+    """What was found of one checkpoint."""
 
     path: Path
+    """its folder"""
     kind: Kind
+    """`checkpoint` if it has a manifest; else what is known of it by its name"""
     time: str
+    """when its manifest was written, or its folder last changed; UTC, ISO 8601"""
     bytes: int
+    """of all files in it; some may be linked into other checkpoints too"""
     latest: bool = False
+    """whether the folder's `latest` names it"""
     manifest: Manifest | None = None
+    """None if there is none, or it is damaged; or the folder is waste, so that nobody looked"""
     damages: list[str] = field(default_factory=list)
+    """all that is wrong, each with file and reason; none of an incomplete one, which is no damage"""
     hashes_read: bool = False
+    """whether the shards were read, not only measured"""
 
 
 @dataclass(frozen=True)

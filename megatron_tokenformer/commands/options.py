@@ -12,7 +12,7 @@ LOAD = "a checkpoint, a folder of them, or a run's folder (then the newest)"
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
-    """How the weights of a checkpoint are read: ``--precision`` and ``--verify``."""
+    """How the weights of a checkpoint are read: `--precision` and `--verify`."""
     add = parser.add_argument
     add(
         "--precision",

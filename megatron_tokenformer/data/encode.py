@@ -24,8 +24,8 @@ from megatron_tokenformer.data.readers import Chunk
 from megatron_tokenformer.data.tokenizers import Tokenizer
 
 # fastokens works without Python's lock, so up to this many workers can be threads: they start at once and
-# send nothing through pipes. Parsing does need the lock, and each thread has caches of up to 120 MB, of which
-# one process shall not hold many; more workers are processes.
+# send nothing through pipes.  Parsing does need the lock, and each thread has caches of up to 120 MB, of
+# which one process shall not hold many; more workers are processes.
 _MOST_THREADS = 2
 # Chunks under way beyond those being worked on: enough for all to be busy while the oldest is awaited.
 _WAITING = 4
@@ -53,17 +53,14 @@ class Job(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Tokens of one component: ``[tokens]`` of the output's type, and what to count.
-
-    Attributes:
-        component: its name; ``""`` if all go together.
-        tokens: the documents one after another, each with its end if that is wanted.
-        lengths: ``[documents]`` of them; None for a piece of one document.
-    """
+    """Tokens of one component: [tokens] of the output's type, and what to count."""
 
     component: str
+    """its name; `""` if all go together"""
     tokens: np.ndarray
+    """the documents one after another, each with its end if that is wanted"""
     lengths: np.ndarray | None
+    """[documents] of them; None for a piece of one document"""
     text_bytes: int
     empty_texts: int
     eod_inside_text: int
@@ -80,7 +77,7 @@ class Encoded(NamedTuple):
 
 
 def encode(work: Work, tokenizer: Tokenizer, job: Job) -> Encoded:
-    """Parse and tokenize. Texts that give no token are left out and counted, as are bad lines."""
+    """Parse and tokenize.  Texts that give no token are left out and counted, as are bad lines."""
     if isinstance(work, TextPiece):
         text: str = orjson.loads(work.text)
         part = _encode_texts([text], work.component, tokenizer, append_eod=False)
@@ -118,7 +115,7 @@ def _encode_texts(texts: list[str], component: str, tokenizer: Tokenizer, append
 
 
 def encode_all(work: Iterator[Work], tokenizer: Tokenizer, job: Job, workers: int) -> Iterator[Encoded]:
-    """Encode in order, with a bounded number of chunks in flight; see :func:`_start_pool`."""
+    """Encode in order, with a bounded number of chunks in flight; see `_start_pool`."""
     if workers == 1:
         yield from (encode(chunk, tokenizer, job) for chunk in work)
         return
@@ -140,7 +137,7 @@ def _start_pool(tokenizer: Tokenizer, job: Job, workers: int) -> tuple[Executor,
     if isinstance(tokenizer, FastTokenizer) and workers <= _MOST_THREADS:
         return ThreadPoolExecutor(workers), lambda work: encode(work, tokenizer, job)
     # Forked by a server: this process has threads by now (progress bar, tokenizer), whose locks a fork would
-    # copy held. The server has this module imported already.
+    # copy held.  The server has this module imported already.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer, job))

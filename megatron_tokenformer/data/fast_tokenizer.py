@@ -1,6 +1,6 @@
-"""A fast backend: the ids of Hugging Face's ``tokenizers``, and of ``tiktoken``, many times faster.
+"""A fast backend: the ids of Hugging Face's `tokenizers`, and of `tiktoken`, many times faster.
 
-``fastokens`` is young, so it is never trusted: before each run its ids for a sample of that run's own input,
+`fastokens` is young, so it is never trusted: before each run its ids for a sample of that run's own input,
 and for strings on which tokenizers are known to differ, are compared with those of the reference.
 """
 
@@ -59,14 +59,14 @@ HARD_TEXTS = (
 
 
 class FastTokenizer:
-    """What a reference does, through ``fastokens``, with the methods of every ``Tokenizer``.
+    """What a reference does, through `fastokens`, with the methods of every `Tokenizer`.
 
     Args:
-        reference: the tokenizer whose ids are wanted. It is not kept: a worker, to which this object is
+        reference: the tokenizer whose ids are wanted.  It is not kept: a worker, to which this object is
             pickled, need not load both libraries.
 
     Raises:
-        Exception: whatever ``fastokens`` raises for a file that it does not take.
+        Exception: whatever `fastokens` raises for a file that it does not take.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -102,13 +102,13 @@ class FastTokenizer:
         self._open()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``."""
+        """The ids of `text`."""
         return self.encode_flat([text]).ids.tolist()
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
         """The ids of all texts; TOKENIZERS_PARALLELISM says on how many threads.
 
-        A batch that ``fastokens`` refuses in the midst of a run is encoded by the reference, which is told.
+        A batch that `fastokens` refuses in the midst of a run is encoded by the reference, which is told.
         """
         try:
             return self.encode_unaided(texts)
@@ -122,7 +122,7 @@ class FastTokenizer:
             return self._reference.encode_flat(texts)
 
     def encode_unaided(self, texts: Sequence[str]) -> FlatIds:
-        """The ids of all texts, by ``fastokens`` alone, with what it raises."""
+        """The ids of all texts, by `fastokens` alone, with what it raises."""
         ids, offsets = self._backend.encode_batch_flat(
             list(texts), add_special_tokens=True, split_special_tokens=self._special_as_text
         )
@@ -130,22 +130,22 @@ class FastTokenizer:
         return FlatIds(np.frombuffer(ids, "<u4").view(np.int32), lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` without special tokens."""
+        """The text of `ids` without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
 
 def choose_backend(tokenizer: Tokenizer, wanted: str, sample: Sequence[str]) -> Tokenizer:
-    """The fastest tokenizer that gives the ids of ``tokenizer``.
+    """The fastest tokenizer that gives the ids of `tokenizer`.
 
     Args:
-        tokenizer: only those of :data:`REFERENCES` have another backend.
-        wanted: ``auto`` (the fast one if it proves itself; if not, one line on standard error says why),
-            ``fastokens`` (that or an error), or the name of the reference.
-        sample: texts of the input, compared with :data:`HARD_TEXTS` and the file's own added tokens in both
+        tokenizer: only those of `REFERENCES` have another backend.
+        wanted: `auto` (the fast one if it proves itself; if not, one line on standard error says why),
+            `fastokens` (that or an error), or the name of the reference.
+        sample: texts of the input, compared with `HARD_TEXTS` and the file's own added tokens in both
             backends.
 
     Raises:
-        UserError: an unknown backend, one that ``tokenizer`` does not have, or ``fastokens`` where it fails.
+        UserError: an unknown backend, one that `tokenizer` does not have, or `fastokens` where it fails.
     """
     if wanted not in BACKENDS:
         raise UserError(f"unknown tokenizer backend {wanted!r}; choose one of {', '.join(BACKENDS)}")
@@ -174,7 +174,7 @@ def choose_backend(tokenizer: Tokenizer, wanted: str, sample: Sequence[str]) -> 
 
 
 def difference(reference: Tokenizer, fast: FastTokenizer, texts: Sequence[str]) -> str | None:
-    """Where the two first give different ids for ``texts``, in words; None if they agree."""
+    """Where the two first give different ids for `texts`, in words; None if they agree."""
     expected, found = reference.encode_flat(texts), fast.encode_unaided(texts)
     if all(map(np.array_equal, expected, found)):
         return None

@@ -1,4 +1,4 @@
-"""``tokenizer.json`` files, and GPT-2's pair of files, through the Hugging Face ``tokenizers`` library."""
+"""`tokenizer.json` files, and GPT-2's pair of files, through the Hugging Face `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ END_OF_DOCUMENT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
 
 
 class HFTokenizer:
-    """The reference for the ids of a ``tokenizer.json``.
+    """The reference for the ids of a `tokenizer.json`.
 
-    :class:`~megatron_tokenformer.data.fast_tokenizer.FastTokenizer` gives the same ids many times faster.
+    `fast_tokenizer.FastTokenizer` gives the same ids many times faster.
 
     Args:
-        model: a ``tokenizer.json``, or GPT-2's ``vocab.json`` if ``merges`` is given.
-        merges: GPT-2's ``merges.txt``.
+        model: a `tokenizer.json`, or GPT-2's `vocab.json` if `merges` is given.
+        merges: GPT-2's `merges.txt`.
         special_as_text: encode special tokens that are spelled out in a text as any other characters.
     """
 
@@ -68,7 +68,7 @@ class HFTokenizer:
 
     def _one_more_than_the_largest_id(self) -> int:
         size = self._backend.get_vocab_size(with_added_tokens=True)
-        # As a rule no id is left out. To see that is quicker than to get a dictionary of all.
+        # As a rule no id is left out.  To see that is quicker than to get a dictionary of all.
         if all(map(self._backend.id_to_token, range(size))):
             return size
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -77,7 +77,7 @@ class HFTokenizer:
         return HFTokenizer, (self.model, self.merges, self.special_as_text)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, with what the file's own template adds, as in GPT-NeoX and Megatron-LM."""
+        """The ids of `text`, with what the file's own template adds, as in GPT-NeoX and Megatron-LM."""
         return self._backend.encode(text).ids
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
@@ -85,12 +85,12 @@ class HFTokenizer:
         return flatten([encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` without special tokens."""
+        """The text of `ids` without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
 
 def read_definition(model: str, merges: str | None = None) -> bytes:
-    """The content of a ``tokenizer.json``: that of ``model``, or made of GPT-2's two files.
+    """The content of a `tokenizer.json`: that of `model`, or made of GPT-2's two files.
 
     Raises:
         UserError: a file cannot be read, or is no vocabulary or list of merges.

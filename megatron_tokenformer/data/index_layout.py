@@ -1,8 +1,8 @@
-"""How Megatron's index (``PREFIX.idx``) is laid out, and its three tables, read part by part.
+"""How Megatron's index (`PREFIX.idx`) is laid out, and its three tables, read part by part.
 
-Little endian: magic ``MMIDIDX\\0\\0``, u64 version 1, u8 code of the token type, u64 sequences, u64 document
-boundaries (documents + 1), then i32 sequence lengths, i64 byte pointers into ``PREFIX.bin``, i64 boundaries.
-Document ``d`` is the sequences ``[boundary[d], boundary[d + 1])``; most tools write one sequence a document.
+Little endian: magic `MMIDIDX\\0\\0`, u64 version 1, u8 code of the token type, u64 sequences, u64 document
+boundaries (documents + 1), then i32 sequence lengths, i64 byte pointers into `PREFIX.bin`, i64 boundaries.
+Document `d` is the sequences `[boundary[d], boundary[d + 1])`; most tools write one sequence a document.
 """
 
 from __future__ import annotations
@@ -24,49 +24,46 @@ PART = 1 << 20
 
 
 class Index(NamedTuple):
-    """An index whose header was read and whose size is right; the tables are read when asked for.
-
-    Attributes:
-        path: the ``.idx``.
-        dtype: the type of the ids in the ``.bin``.
-        sequences: lengths and pointers in it.
-        documents: one less than its boundaries.
-    """
+    """An index whose header was read and whose size is right; the tables are read when asked for."""
 
     path: str
+    """the `.idx`"""
     dtype: np.dtype
+    """the type of the ids in the `.bin`"""
     sequences: int
+    """lengths and pointers in it"""
     documents: int
+    """one less than its boundaries"""
 
     @property
     def pointers_at(self) -> int:
-        """The byte of the ``.idx`` where the pointers begin."""
+        """The byte of the `.idx` where the pointers begin."""
         return HEADER.size + 4 * self.sequences
 
     @property
     def boundaries_at(self) -> int:
-        """The byte of the ``.idx`` where the document boundaries begin."""
+        """The byte of the `.idx` where the document boundaries begin."""
         return HEADER.size + 12 * self.sequences
 
     @property
     def bytes(self) -> int:
-        """The size of the ``.idx``."""
+        """The size of the `.idx`."""
         return self.boundaries_at + 8 * (self.documents + 1)
 
     def lengths(self, start: int, count: int) -> np.ndarray:
-        """Tokens in the sequences from ``start`` on: ``[count]`` int32."""
+        """Tokens in the sequences from `start` on: [count] int32."""
         return self._table(np.int32, HEADER.size, start, count)
 
     def pointers(self, start: int, count: int) -> np.ndarray:
-        """First bytes in the ``.bin`` of the sequences from ``start`` on: ``[count]`` int64."""
+        """First bytes in the `.bin` of the sequences from `start` on: [count] int64."""
         return self._table(np.int64, self.pointers_at, start, count)
 
     def boundaries(self, start: int, count: int) -> np.ndarray:
-        """First sequences of the documents from ``start`` on: ``[count]`` int64, of ``documents + 1``."""
+        """First sequences of the documents from `start` on: [count] int64, of `documents + 1`."""
         return self._table(np.int64, self.boundaries_at, start, count)
 
     def token_bytes(self) -> int:
-        """The size that the ``.bin`` must have, as far as the last sequence tells."""
+        """The size that the `.bin` must have, as far as the last sequence tells."""
         if self.sequences == 0:
             return 0
         last = self.sequences - 1
@@ -106,7 +103,7 @@ def read_index(path: str) -> Index:
 
 
 def parts(total: int, size: int = PART) -> Iterator[tuple[int, int]]:
-    """Cut ``total`` things into (start, count) of at most ``size``."""
+    """Cut `total` things into (start, count) of at most `size`."""
     for start in range(0, total, size):
         yield start, min(size, total - start)
 

@@ -1,6 +1,6 @@
-"""Megatron's token files: ``PREFIX.bin`` (bare token ids) and ``PREFIX.idx`` (where each document lies).
+"""Megatron's token files: `PREFIX.bin` (bare token ids) and `PREFIX.idx` (where each document lies).
 
-The index is described in ``index_layout``. Written here in the order of Megatron-LM's and GPT-NeoX's
+The index is described in `index_layout`.  Written here in the order of Megatron-LM's and GPT-NeoX's
 preprocessing, one sequence a document unless told otherwise.
 """
 
@@ -31,21 +31,18 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class TokenFileWriter:
     """Write a pair document by document, in constant memory, so that it is complete or not there.
 
-    Everything goes to ``PREFIX.bin.tmp`` and ``PREFIX.idx.tmp``; :meth:`finish` gives them their names. As a
-    context manager, leaving without :meth:`finish` removes them. The bytes are those of megatron-core's
-    ``IndexedDatasetBuilder``.
+    Everything goes to `PREFIX.bin.tmp` and `PREFIX.idx.tmp`; `finish` gives them their names.  As a
+    context manager, leaving without `finish` removes them.  The bytes are those of megatron-core's
+    `IndexedDatasetBuilder`.
 
     Args:
-        prefix: the pair's name without ``.bin``; its folder is made.
+        prefix: the pair's name without `.bin`; its folder is made.
         dtype: the type of the ids on disk.
-        resume: (tokens, documents) of an earlier writer's temporary files that are kept, after :meth:`sync`
+        resume: (tokens, documents) of an earlier writer's temporary files that are kept, after `sync`
             and one sequence a document; what it wrote later is cut off.
 
     Raises:
         UserError: another process is writing this pair (exit code 2); there is not what was to be kept (1).
-
-    Attributes:
-        documents, sequences, tokens: what was written so far.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype, resume: tuple[int, int] = (0, 0)) -> None:
@@ -53,6 +50,7 @@ class TokenFileWriter:
         self.dtype = np.dtype(dtype)
         self.tokens, self.documents = resume
         self.sequences = self.documents
+        """these three: what was written so far"""
         self._temporary = [f"{path}.tmp" for path in pair_paths(prefix)]
         os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
         self._files = ExitStack()
@@ -65,9 +63,9 @@ class TokenFileWriter:
         """Append documents.
 
         Args:
-            tokens: ``[sum of lengths]`` integers, the documents one after another.
-            lengths: ``[sequences]`` tokens in each sequence.
-            sequences: ``[documents]`` sequences in each document; without it each sequence is a document.
+            tokens: [sum of lengths] integers, the documents one after another.
+            lengths: [sequences] tokens in each sequence.
+            sequences: [documents] sequences in each document; without it each sequence is a document.
 
         Raises:
             ValueError: the numbers do not add up, or an id does not fit the file's type.
@@ -87,7 +85,7 @@ class TokenFileWriter:
         self.append_tokens(tokens.astype(self.dtype, copy=False))
 
     def append_tokens(self, tokens: np.ndarray) -> None:
-        """Append ``[n]`` ids of the file's own type, whose sequences are told apart from them.
+        """Append [n] ids of the file's own type, whose sequences are told apart from them.
 
         With the two below, for who copies whole files: a document need not fit into memory.
 
@@ -100,12 +98,12 @@ class TokenFileWriter:
         self.tokens += tokens.size
 
     def append_lengths(self, lengths: np.ndarray) -> None:
-        """Append the lengths ``[n]`` in tokens of the next sequences."""
+        """Append the lengths [n] in tokens of the next sequences."""
         self._idx.write(np.ascontiguousarray(lengths, dtype=np.int32).data)
         self.sequences += lengths.size
 
     def append_documents(self, ends: np.ndarray) -> None:
-        """Append documents by their ends ``[n]``, counted in sequences from the beginning of the file."""
+        """Append documents by their ends [n], counted in sequences from the beginning of the file."""
         plain = np.arange(self.documents + 1, self.documents + 1 + ends.size)
         if self._boundaries is None and not np.array_equal(ends, plain):
             folder = os.path.dirname(self.prefix) or "."
@@ -116,7 +114,7 @@ class TokenFileWriter:
         self.documents += ends.size
 
     def finish(self) -> None:
-        """Complete the pair and give it its name: :meth:`complete`, then :meth:`publish`."""
+        """Complete the pair and give it its name: `complete`, then `publish`."""
         self.complete()
         self.publish()
 
@@ -130,7 +128,7 @@ class TokenFileWriter:
         self.sync()
 
     def publish(self) -> None:
-        """Give the completed files their names: :func:`publish_pair`."""
+        """Give the completed files their names: `publish_pair`."""
         publish_pair(self.prefix)
         self.close()
 
@@ -147,7 +145,7 @@ class TokenFileWriter:
             self._files.close()
 
     def discard(self) -> None:
-        """Remove the temporary files, a description's too; nothing happens after :meth:`finish`."""
+        """Remove the temporary files, a description's too; nothing happens after `finish`."""
         self.close()
         discard_sidecar(self.prefix)
         for path in self._temporary:
@@ -163,7 +161,7 @@ class TokenFileWriter:
         self.discard()
 
     def _open(self, which: int, size: int, resume: bool) -> BinaryIO:
-        """Open a temporary file to go on after its first ``size`` bytes, so that no other process does."""
+        """Open a temporary file to go on after its first `size` bytes, so that no other process does."""
         path = self._temporary[which]
         file = self._files.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
         if not _lock(file, path):
@@ -210,15 +208,7 @@ class TokenFileWriter:
 
 
 class TokenFile:
-    """A pair, opened for reading in constant time, and checked as far as that goes (``pair.open_pair``).
-
-    Attributes:
-        prefix: the pair's name without ``.bin``.
-        pair: its index, description, and what tells whether it was changed since.
-        index: where the documents lie.
-        dtype: the type of the ids on disk.
-        documents: documents in it.
-        tokens: ids in the whole stream.
+    """A pair, opened for reading in constant time, and checked as far as that goes (`pair.open_pair`).
 
     Raises:
         UserError: a file is missing (exit code 2), cannot be read, or they contradict each other (1).
@@ -226,18 +216,23 @@ class TokenFile:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+        """the pair's name without `.bin`"""
         self.pair = open_pair(prefix)
+        """its index, description, and what tells whether it was changed since"""
         self.index, self.dtype = self.pair.index, self.pair.index.dtype
         self.documents = self.index.documents
         bin_path = pair_paths(prefix)[0]
         try:
-            self._stream = _map_tokens(bin_path, self.dtype)
+            self._mapped = _map(bin_path)
         except OSError as error:
             raise UserError(f"cannot read {bin_path}: {error.strerror}", exit_code=1) from error
+        content = self._mapped or b""
+        self._stream = np.frombuffer(content, self.dtype, count=len(content) // self.dtype.itemsize)
         self.tokens = self._stream.size
+        """ids in the whole stream"""
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Tokens ``[start, start + length)`` of the stream: a read-only view ``[length]`` of the mapped file.
+        """Tokens `[start, start + length)` of the stream: a read-only view [length] of the mapped file.
 
         Raises:
             ValueError: the window does not lie within the stream.
@@ -248,12 +243,20 @@ class TokenFile:
             )
         return self._stream[start : start + length]
 
+    def expect(self, start: int, length: int) -> None:
+        """Have the system begin to read a window that `window` will be asked for; waits for nothing."""
+        if self._mapped is None:
+            return
+        size = self.dtype.itemsize
+        first = start * size // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapped.madvise(mmap.MADV_WILLNEED, first, (start + length) * size - first)
+
     def document_lengths(self) -> np.ndarray:
-        """Tokens of each document, ``[documents]`` int64. Reads the whole index: not for a run's start."""
+        """Tokens of each document, [documents] int64.  Reads the whole index: not for a run's start."""
         return np.concatenate([np.empty(0, np.int64), *document_lengths(self.index)])
 
     def first_document_lengths(self, count: int) -> np.ndarray:
-        """Tokens of the first ``count`` documents, ``[at most count]`` int64, without reading all."""
+        """Tokens of the first `count` documents, [at most count] int64, without reading all."""
         found = [np.empty(0, np.int64)]
         for lengths in document_lengths(self.index):
             if sum(part.size for part in found) >= count:
@@ -266,7 +269,7 @@ def publish_pair(prefix: str) -> None:
     """Give completed temporary files their names, replacing an old pair; also goes on where it was killed.
 
     The old index goes first and the new one comes after its tokens: whenever the machine stops, no index ever
-    stands beside another pair's. An old description (``PREFIX.json``) goes with the pair it describes, and a
+    stands beside another pair's.  An old description (`PREFIX.json`) goes with the pair it describes, and a
     new one, if it was written, comes last.
     """
     bin_path, idx_path = pair_paths(prefix)
@@ -282,15 +285,15 @@ def publish_pair(prefix: str) -> None:
     sync_folder(Path(idx_path).parent)
 
 
-def _map_tokens(path: str, dtype: np.dtype) -> np.ndarray:
+def _map(path: str) -> mmap.mmap | None:
     if os.path.getsize(path) == 0:
-        return np.empty(0, dtype=dtype)
+        return None  # what holds nothing cannot be mapped
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):
         # Windows are read in a shuffled order: read-ahead would fetch megabytes for each few kilobytes.
         mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype=dtype, count=len(mapped) // dtype.itemsize)
+    return mapped
 
 
 def _lock(file: BinaryIO, path: str) -> bool:

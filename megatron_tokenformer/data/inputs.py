@@ -29,7 +29,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Expand file names and globs (``**`` included) into the list of files to read.
+    """Expand file names and globs (`**` included) into the list of files to read.
 
     Patterns keep their order, the matches of each are sorted, and a file that matches twice is read once.
 
@@ -52,7 +52,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """``"I/N"`` as (I, N): part I of N, counted from 0.
+    """`"I/N"` as (I, N): part I of N, counted from 0.
 
     Raises:
         UserError: anything else.

@@ -25,19 +25,16 @@ _TOKENS = 2 << 20
 
 @dataclass(frozen=True)
 class Damage:
-    """One kind of damage: where it is met first, and how often in all.
-
-    Attributes:
-        file: its path.
-        position: where in it, e.g. ``byte 34``; empty if it is the file as a whole.
-        problem: what is wrong, in words.
-        count: how many places have it.
-    """
+    """One kind of damage: where it is met first, and how often in all."""
 
     file: str
+    """its path"""
     position: str
+    """where in it, e.g. `byte 34`; empty if it is the file as a whole"""
     problem: str
+    """what is wrong, in words"""
     count: int = 1
+    """how many places have it"""
 
     def __str__(self) -> str:
         where = f"{self.file}, {self.position}" if self.position else self.file
@@ -47,29 +44,26 @@ class Damage:
 
 @dataclass
 class Inspection:
-    """What was found in a dataset.
-
-    Attributes:
-        prefix: its name.
-        index: where its documents lie; None if not even that can be read.
-        sidecar: its description, if it has one.
-        tokens: ids in the ``.bin``, by its size.
-        bytes: of both files.
-        lengths: of the documents; empty if the index is damaged.
-        vocab_size: what the ids were held against; None if nothing is known.
-        largest_id: in the ``.bin``; None if it was not read, or is empty.
-        damages: all that is wrong, one entry for each kind.
-    """
+    """What was found in a dataset."""
 
     prefix: str
+    """its name"""
     index: Index | None = None
+    """where its documents lie; None if not even that can be read"""
     sidecar: dict[str, Any] | None = None
+    """its description, if it has one"""
     tokens: int = 0
+    """ids in the `.bin`, by its size"""
     bytes: int = 0
+    """of both files"""
     lengths: LengthCounts = field(default_factory=LengthCounts)
+    """of the documents; empty if the index is damaged"""
     vocab_size: int | None = None
+    """what the ids were held against; None if nothing is known"""
     largest_id: int | None = None
+    """in the `.bin`; None if it was not read, or is empty"""
     damages: list[Damage] = field(default_factory=list)
+    """all that is wrong, one entry for each kind"""
 
     def tell(self, file: str, position: str, problem: str, count: int = 1) -> None:
         """Note a kind of damage."""
@@ -82,9 +76,9 @@ def inspect_dataset(
     """Count and verify a dataset.
 
     Args:
-        prefix: the pair's name without ``.bin``.
+        prefix: the pair's name without `.bin`.
         vocab_size: ids must be below it; by default the description's, else they must not be negative.
-        read_tokens: read the ``.bin`` too; without, only its size is held against the index.
+        read_tokens: read the `.bin` too; without, only its size is held against the index.
         log_interval: seconds between updates of the progress bar.
 
     Returns:
@@ -221,7 +215,7 @@ class _First:
     def look(
         self, start: int, wrong: np.ndarray, values: np.ndarray, expected: np.ndarray | None = None
     ) -> None:
-        """Look at the places from ``start`` on; all arrays are ``[n]``."""
+        """Look at the places from `start` on; all arrays are [n]."""
         count = int(np.count_nonzero(wrong))
         if count and not self.count:
             first = int(np.argmax(wrong))

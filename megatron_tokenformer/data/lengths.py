@@ -21,13 +21,13 @@ class LengthCounts:
         self._large: Counter[int] = Counter()
 
     def add(self, lengths: np.ndarray) -> None:
-        """Count ``[n]`` lengths in tokens, none of them negative."""
+        """Count [n] lengths in tokens, none of them negative."""
         small = lengths < _SMALL
         self._small += np.bincount(lengths[small], minlength=_SMALL)
         self._large.update(lengths[~small].tolist())
 
     def summary(self) -> dict[str, float]:
-        """``mean``, ``median`` and ``max`` in tokens; all 0 without documents."""
+        """`mean`, `median` and `max` in tokens; all 0 without documents."""
         values, counts = self._table()
         total = int(counts.sum())
         if total == 0:

@@ -14,29 +14,23 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 
 
 class Fields(NamedTuple):
-    """What is wanted of a line.
-
-    Attributes:
-        json_key: where its text is.
-        split_by: where the name of its component is, keys joined by dots; None if that does not matter.
-    """
+    """What is wanted of a line."""
 
     json_key: str = "text"
+    """where its text is"""
     split_by: str | None = None
+    """where the name of its component is, keys joined by dots; None if that does not matter"""
 
 
 class Parsed(NamedTuple):
-    """The documents of some lines, and what was wrong with the others.
-
-    Attributes:
-        texts: of the good lines, in order.
-        components: of each text; empty without ``Fields.split_by``.
-        problems: one for each bad line.
-    """
+    """The documents of some lines, and what was wrong with the others."""
 
     texts: list[str]
+    """of the good lines, in order"""
     components: list[str]
+    """of each text; empty without `Fields.split_by`"""
     problems: list[Problem]
+    """one for each bad line"""
 
 
 class BadLine(ValueError):
@@ -77,7 +71,7 @@ def _decode_all(data: bytes) -> list[Any]:
 
 
 def document(row: Any, fields: Fields) -> tuple[str, str]:
-    """The text and the component (``""`` if that does not matter) of a decoded line.
+    """The text and the component (`""` if that does not matter) of a decoded line.
 
     Raises:
         BadLine: it has not what is wanted.
@@ -96,7 +90,7 @@ def document(row: Any, fields: Fields) -> tuple[str, str]:
 
 
 def component(row: Any, split_by: str) -> str:
-    """The name at the dotted path ``split_by`` of a decoded line.
+    """The name at the dotted path `split_by` of a decoded line.
 
     Raises:
         BadLine: there is no such key, or its value is no name.

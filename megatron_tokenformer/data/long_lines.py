@@ -1,9 +1,9 @@
 """Documents too long for memory: their text as pieces that together have the same tokens.
 
-A piece of a JSON string is a JSON string again, as long as no escape and no character is cut. A tokenizer
-gives two pieces the ids that it gives the whole if nothing of it reaches over the cut. So text is cut at the
+A piece of a JSON string is a JSON string again, as long as no escape and no character is cut.  A tokenizer
+gives two pieces the ids that it gives the whole if nothing of it reaches over the cut.  So text is cut at the
 end of a word, where every usual splitting of text into words has a border, and only where the tokenizer gives
-the surroundings the same ids in two pieces as in one. (A unigram model of sentencepiece sums the scores
+the surroundings the same ids in two pieces as in one.  (A unigram model of sentencepiece sums the scores
 of a whole text in single precision, so that on millions of ids its own choices waver: there a piece can
 differ from the whole.)
 """
@@ -38,19 +38,16 @@ Fits = Callable[[str, str], bool]
 
 
 class TextPiece(NamedTuple):
-    """A part of one document's text.
-
-    Attributes:
-        text: the part as a JSON string, with its quotes.
-        component: of the document.
-        input_bytes: bytes of the file that were read for it.
-        ends_document: whether it is the last one.
-    """
+    """A part of one document's text."""
 
     text: bytes
+    """the part as a JSON string, with its quotes"""
     component: str
+    """of the document"""
     input_bytes: int
+    """bytes of the file that were read for it"""
     ends_document: bool
+    """whether it is the last one"""
 
 
 def read_pieces(line: LongLine, fields: Fields, fits: Fits) -> Iterator[TextPiece | Chunk]:
@@ -90,7 +87,7 @@ def read_pieces(line: LongLine, fields: Fields, fits: Fits) -> Iterator[TextPiec
 def _take_out_strings(file: BinaryIO) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """A line with a short mark in place of each long string, and where (start, stop) what is marked stands.
 
-    So ``orjson`` judges the line and finds the keys, without its long strings in memory.
+    So `orjson` judges the line and finds the keys, without its long strings in memory.
     """
     kept: list[bytes] = []
     strings: dict[str, tuple[int, int]] = {}

@@ -22,7 +22,7 @@ _BLOCK_BYTES = 4 << 20
 
 
 class Merged(NamedTuple):
-    """What was written: the pair's name, its counts, and whether a ``.json`` describes it."""
+    """What was written: the pair's name, its counts, and whether a `.json` describes it."""
 
     prefix: str
     documents: int
@@ -36,14 +36,14 @@ def merge_datasets(
     """Join datasets in the order given, a few megabytes at a time.
 
     Args:
-        inputs: prefixes, the names of the pairs without ``.bin``.
+        inputs: prefixes, the names of the pairs without `.bin`.
         output_prefix: the name of the new pair; its folder is made.
         overwrite: replace an existing pair, at the end and only if all went well.
         log_interval: seconds between updates of the progress bar.
 
     Raises:
         UserError: parts that are missing or do not belong together, an output that exists or is an input
-            (exit code 2); a damaged part, a full disk (1). Nothing new is then left under the final names.
+            (exit code 2); a damaged part, a full disk (1).  Nothing new is then left under the final names.
     """
     _check_names(inputs, output_prefix, overwrite)
     found = [open_pair(prefix) for prefix in inputs]
@@ -130,7 +130,7 @@ def _check_shards(sidecars: list[dict[str, Any]]) -> None:
 
 
 def _append(writer: TokenFileWriter, part: Pair, report: Callable[[int], object]) -> None:
-    """Copy one part, telling ``report`` the bytes done.
+    """Copy one part, telling `report` the bytes done.
 
     Raises:
         UserError: the part cannot be read, or its index contradicts itself.
@@ -169,7 +169,7 @@ def _token_blocks(part: Pair) -> Iterator[np.ndarray]:
 
 
 def _read(blocks: Iterator[np.ndarray], prefix: str) -> Iterator[np.ndarray]:
-    """Pass ``blocks`` on; an error of the disk they come from must not be told as one of the output's."""
+    """Pass `blocks` on; an error of the disk they come from must not be told as one of the output's."""
     try:
         yield from blocks
     except OSError as error:

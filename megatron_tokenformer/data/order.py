@@ -1,8 +1,8 @@
 """Which sample comes when: a pure function of the position, the weights and the seed.
 
 Two rules, both constant in time and memory, so that nothing has to be built, cached or shared at the start:
-the windows of a source are visited in the order of a seeded bijection per epoch (:func:`permute`), and a
-blend of sources follows one table of 65,536 places that repeats for ever (:class:`BlendTable`).
+the windows of a source are visited in the order of a seeded bijection per epoch (`permute`), and a
+blend of sources follows one table of 65,536 places that repeats for ever (`BlendTable`).
 Changing either rule changes what every resumed run sees next; the tests pin the order.
 """
 
@@ -26,14 +26,14 @@ _MULTIPLIER = 0xBF58476D1CE4E5B9
 
 
 def permute(index: int, size: int, seed: int, epoch: int) -> int:
-    """Where the seeded bijection of epoch ``epoch`` sends ``index``; both lie in ``range(size)``.
+    """Where the seeded bijection of epoch `epoch` sends `index`; both lie in `range(size)`.
 
-    A Feistel network on the smallest power of two that holds ``size``, walked along its cycle until it is
-    back inside ``range(size)`` (Black and Rogaway 2002): under two walks on average (a few more for sizes
+    A Feistel network on the smallest power of two that holds `size`, walked along its cycle until it is
+    back inside `range(size)` (Black and Rogaway 2002): under two walks on average (a few more for sizes
     below 8), a few microseconds, no table.
 
     Raises:
-        ValueError: ``index`` is not in ``range(size)``.
+        ValueError: `index` is not in `range(size)`.
     """
     if not 0 <= index < size:
         raise ValueError(f"index {index} is not in range({size})")
@@ -63,9 +63,9 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def apportion(weights: Sequence[float], places: int = BLOCK) -> list[int]:
-    """Share ``places`` among the weights by largest remainder, at least one place each.
+    """Share `places` among the weights by largest remainder, at least one place each.
 
-    In exact fractions, so that every machine shares alike. Each count is less than one place away from its
+    In exact fractions, so that every machine shares alike.  Each count is less than one place away from its
     exact share, unless some weights are so small that they are rounded up to one place: the largest sources
     give those.
 
@@ -94,10 +94,10 @@ def apportion(weights: Sequence[float], places: int = BLOCK) -> list[int]:
 class BlendTable:
     """The deterministic rule of a blend: position -> (source, index within the source).
 
-    ``counts[s]`` of every block of 65,536 positions belong to source ``s``, spread evenly: place ``j`` of a
-    source wants to sit at ``(j + 1/2) / counts[s]`` of the block, and the wishes are sorted. After any number
-    ``p`` of positions a source among ``k`` has had ``p * counts[s] / 65536`` of them, within
-    ``1 + k * counts[s] / 65536``.
+    `counts[s]` of every block of 65,536 positions belong to source `s`, spread evenly: place `j` of a
+    source wants to sit at `(j + 1/2) / counts[s]` of the block, and the wishes are sorted.  After any number
+    `p` of positions a source among `k` has had `p * counts[s] / 65536` of them, within
+    `1 + k * counts[s] / 65536`.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -110,7 +110,7 @@ class BlendTable:
         self._ranks = ranks[places].astype(np.int32)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The source at ``position`` (0, 1, ...) and how many earlier positions were the same source's.
+        """The source at `position` (0, 1, ...) and how many earlier positions were the same source's.
 
         Raises:
             ValueError: a negative position.

@@ -25,14 +25,14 @@ _MOST_COMPONENTS = 256
 
 
 class Names:
-    """The names of the outputs: ``PREFIX_<key>_document``, with the component's name before the key."""
+    """The names of the outputs: `PREFIX_<key>_document`, with the component's name before the key."""
 
     def __init__(self, output_prefix: str, json_key: str, overwrite: bool) -> None:
         self._prefix, self._key, self._overwrite = output_prefix, json_key, overwrite
         self._names: dict[str, str] = {}
 
     def of(self, component: str) -> str:
-        """The prefix of a component's dataset; ``""`` stands for all documents together.
+        """The prefix of a component's dataset; `""` stands for all documents together.
 
         Raises:
             UserError: too many components, two of the same file name, or an output that exists.
@@ -54,7 +54,7 @@ class Names:
 
 
 class Outputs:
-    """The datasets of one run. Leaving it without :meth:`publish` keeps what :class:`Journal` can tell of.
+    """The datasets of one run.  Leaving it without `publish` keeps what `Journal` can tell of.
 
     Args:
         names: of the datasets.

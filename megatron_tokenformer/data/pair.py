@@ -1,6 +1,6 @@
-"""Opening a pair (``PREFIX.bin``, ``PREFIX.idx``): what can be checked in the same time at any size.
+"""Opening a pair (`PREFIX.bin`, `PREFIX.idx`): what can be checked in the same time at any size.
 
-Training and merging open their data here. What takes reading all of it is ``inspection``'s.
+Training and merging open their data here.  What takes reading all of it is `inspection`'s.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Pair:
 
     @property
     def token_bytes(self) -> int:
-        """The size of the ``.bin``."""
+        """The size of the `.bin`."""
         return self.stamps[0].bytes
 
     @property
     def tokens(self) -> int:
-        """Ids in the ``.bin``."""
+        """Ids in the `.bin`."""
         return self.token_bytes // self.index.dtype.itemsize
 
     @property
@@ -129,12 +129,12 @@ def open_pair(prefix: str) -> Pair:
 
 
 def pair_paths(prefix: str) -> tuple[str, str]:
-    """The names of the two files of ``prefix``: ``.bin``, ``.idx``."""
+    """The names of the two files of `prefix`: `.bin`, `.idx`."""
     return f"{prefix}.bin", f"{prefix}.idx"
 
 
 def require_pair(prefix: str) -> tuple[str, str]:
-    """The names of the two files of ``prefix``, which exist.
+    """The names of the two files of `prefix`, which exist.
 
     Raises:
         UserError: one is missing; with a guess at what was meant.

@@ -1,7 +1,7 @@
 """From JSON lines to Megatron token files, on several cores, in bounded memory, going on where it stopped.
 
-The main thread decompresses and cuts at line ends (``readers``), workers parse and tokenize (``encode``), the
-main thread writes what comes back, in order (``outputs``): the result is the same for any number of workers.
+The main thread decompresses and cuts at line ends (`readers`), workers parse and tokenize (`encode`), the
+main thread writes what comes back, in order (`outputs`): the result is the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -31,54 +31,48 @@ ON_ERROR = ("fail", "skip")
 
 
 class Options(NamedTuple):
-    """How a run goes about it; none of this changes what is written for good input.
-
-    Attributes:
-        workers: threads or processes that tokenize.
-        on_error: ``fail`` stops at the first bad line or file, ``skip`` leaves them out and counts them.
-        shard: (I, N) to read only part I of N of the inputs.
-        overwrite: replace existing outputs, at the end and only if all went well.
-        restart: do not go on where an unfinished run stopped.
-        log_interval: seconds between updates of the progress bar.
-    """
+    """How a run goes about it; none of this changes what is written for good input."""
 
     workers: int = 1
+    """threads or processes that tokenize"""
     on_error: str = "fail"
+    """`fail` stops at the first bad line or file, `skip` leaves them out and counts them"""
     shard: tuple[int, int] | None = None
+    """(I, N) to read only part I of N of the inputs"""
     overwrite: bool = False
+    """replace existing outputs, at the end and only if all went well"""
     restart: bool = False
+    """do not go on where an unfinished run stopped"""
     log_interval: float = 1.0
+    """seconds between updates of the progress bar"""
 
 
 class Result(NamedTuple):
-    """What was made.
-
-    Attributes:
-        datasets: the description of each one, as in its ``.json``; ``prefix`` is its name.
-        problems: the bad input that was left out.
-        resumed: how many input files an earlier run had done.
-    """
+    """What was made."""
 
     datasets: list[dict[str, Any]]
+    """the description of each one, as in its `.json`; `prefix` is its name"""
     problems: Tally
+    """the bad input that was left out"""
     resumed: int
+    """how many input files an earlier run had done"""
 
 
 def preprocess(inputs: Sequence[str], output_prefix: str, job: Job, options: Options = Options()) -> Result:
-    """Tokenize ``inputs`` into ``PREFIX_<json_key>_document`` ``.bin``, ``.idx`` and ``.json``.
+    """Tokenize `inputs` into `PREFIX_<json_key>_document` `.bin`, `.idx` and `.json`.
 
-    With ``job.split_by`` each component has files of its own, ``PREFIX_<component>_<json_key>_document``. A
+    With `job.split_by` each component has files of its own, `PREFIX_<component>_<json_key>_document`.  A
     run that was stopped leaves a journal, and the same call goes on after the last finished input file.
 
     Args:
-        inputs: file names or globs, see :func:`~megatron_tokenformer.data.inputs.expand_inputs`.
+        inputs: file names or globs, see `inputs.expand_inputs`.
         output_prefix: the beginning of the output names; its folder is made.
         job: the tokenizer and what to take of a line.
         options: how to go about it.
 
     Raises:
-        UserError: a wrong argument (exit code 2), or bad input, no documents, a full disk (1). Nothing new is
-            then left under the final names.
+        UserError: a wrong argument (exit code 2), or bad input, no documents, a full disk (1).  Nothing new
+            is then left under the final names.
     """
     if options.workers < 1:
         raise UserError(f"workers must be at least 1, not {options.workers}")

@@ -20,15 +20,12 @@ UNREADABLE = "unreadable file"
 
 
 class Problem(NamedTuple):
-    """One piece of bad input.
-
-    Attributes:
-        kind: one of this module's constants.
-        message: file, line and reason.
-    """
+    """One piece of bad input."""
 
     kind: str
+    """one of this module's constants"""
     message: str
+    """file, line and reason"""
 
     def error(self) -> UserError:
         """The problem as what ends a run."""
@@ -51,7 +48,7 @@ class Tally:
         return bool(self._counted)
 
     def as_json(self) -> dict[str, Any]:
-        """``{kind: {"count": n, "first": [message]}}``: a list, so that joined datasets keep each part's."""
+        """`{kind: {"count": n, "first": [message]}}`: a list, so that joined datasets keep each part's."""
         return deepcopy(self._counted)
 
     def lines(self) -> list[str]:

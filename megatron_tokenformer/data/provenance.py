@@ -85,7 +85,7 @@ def check_configured(
     merges: str | None = None,
     pattern: str | None = None,
 ) -> None:
-    """Refuse a config's tokenizer (as ``load_tokenizer`` takes it) that did not make the data.
+    """Refuse a config's tokenizer (as `load_tokenizer` takes it) that did not make the data.
 
     One whose files are not here is passed over.
 

@@ -1,7 +1,7 @@
 """Stream JSON-lines files (plain, gzip, zstd) in bounded memory, as chunks of whole lines.
 
-Reading has two halves, so that the costly one can run on other cores: :func:`read_chunks` decompresses and
-cuts at line ends, ``lines.parse_lines`` decodes the lines of one chunk. What is wrong is told with file, line
+Reading has two halves, so that the costly one can run on other cores: `read_chunks` decompresses and
+cuts at line ends, `lines.parse_lines` decodes the lines of one chunk.  What is wrong is told with file, line
 and reason, beside what is good.
 """
 
@@ -30,43 +30,39 @@ _SAMPLED_FILES = 8
 
 
 class Chunk(NamedTuple):
-    """Some whole lines of one file.
-
-    Attributes:
-        path: the file.
-        first_line: the number of the first line, counted from 1.
-        data: the lines, decompressed, as bytes.
-        input_bytes: bytes of the file (compressed) that were read for this chunk; they add up to its size.
-        problem: why nothing of the file can be read after these lines.
-        ends_file: whether they are the last ones.
-    """
+    """Some whole lines of one file."""
 
     path: str
+    """the file"""
     first_line: int
+    """the number of the first line, counted from 1"""
     data: bytes
+    """the lines, decompressed, as bytes"""
     input_bytes: int
+    """bytes of the file (compressed) that were read for this chunk; they add up to its size"""
     problem: Problem | None = None
+    """why nothing of the file can be read after these lines"""
     ends_file: bool = False
+    """whether they are the last ones"""
 
 
 class LongLine(NamedTuple):
     """One line that is too long to be held in memory, without its end; use it before taking the next chunk.
 
-    Attributes:
-        path, first_line, input_bytes: as in a :class:`Chunk`.
-        file: the line, from the file's beginning to its end; closed when the next chunk is taken.
+    Path, first line and bytes are as in a `Chunk`.
     """
 
     path: str
     first_line: int
     file: BinaryIO
+    """the line, from the file's beginning to its end; closed when the next chunk is taken"""
     input_bytes: int
 
 
 def read_texts(
     paths: Iterable[str], key: str = "text", report: Callable[[int], object] = lambda _: None
 ) -> Iterator[str]:
-    """Yield the text of every document of ``paths`` in order, holding one chunk in memory.
+    """Yield the text of every document of `paths` in order, holding one chunk in memory.
 
     Args:
         report: told how many bytes of the files have been read since it was told last.
@@ -92,9 +88,9 @@ def read_chunks(
     long_line_bytes: int = LONG_LINE_BYTES,
     spool_folder: str | None = None,
 ) -> Iterator[Chunk | LongLine]:
-    """Yield the decompressed file in chunks of whole lines, ``chunk_bytes`` or one line more each.
+    """Yield the decompressed file in chunks of whole lines, `chunk_bytes` or one line more each.
 
-    A line of more than ``long_line_bytes`` comes alone, in a file in ``spool_folder``. The last chunk,
+    A line of more than `long_line_bytes` comes alone, in a file in `spool_folder`.  The last chunk,
     perhaps empty, says that it is the last, and what is wrong with a file that cannot be read to its end.
     """
     reader = _Reader(path, chunk_bytes, long_line_bytes, spool_folder)
@@ -152,7 +148,7 @@ class _Reader:
         return taken
 
     def _cut(self, before: list[bytes], block: bytes) -> Chunk:
-        """Give out all whole lines; ``block`` has a line's end, ``before`` is what comes before it."""
+        """Give out all whole lines; `block` has a line's end, `before` is what comes before it."""
         cut = block.rfind(b"\n") + 1
         data = b"".join([*before, memoryview(block)[:cut]])
         chunk = Chunk(self.path, self.line, data, self._report())
@@ -178,10 +174,10 @@ class _Reader:
 
 
 def sample_texts(paths: Sequence[str], key: str = "text", size: int = 256 << 10) -> list[str]:
-    """Texts from the beginning of up to eight of the files, from about ``size`` bytes in all.
+    """Texts from the beginning of up to eight of the files, from about `size` bytes in all.
 
     For a look at the data before the pass over them: what cannot be read or parsed is passed over, for it is
-    the pass that must tell. The beginning of a line that is too long is given as it is, JSON and all.
+    the pass that must tell.  The beginning of a line that is too long is given as it is, JSON and all.
     """
     chosen = paths[:: -(-len(paths) // _SAMPLED_FILES)]
     return [text for path in chosen for text in _first_texts(path, key, size // len(chosen))]
@@ -202,7 +198,7 @@ def _first_texts(path: str, key: str, size: int) -> list[str]:
 
 
 def _decompressed_blocks(path: str, count: Callable[[int], None]) -> Iterator[bytes]:
-    """Yield the content of ``path`` block by block, telling ``count`` the bytes read from the disk."""
+    """Yield the content of `path` block by block, telling `count` the bytes read from the disk."""
     # Unbuffered: the blocks are large already, and a buffer would copy each once more.
     with open(path, "rb", buffering=0) as file:
         blocks = _raw_blocks(file, count)
@@ -245,7 +241,7 @@ def _decompress(
 
 
 class _GzipMember:
-    """One member of a ``.gz``, expanded in blocks of bounded size."""
+    """One member of a `.gz`, expanded in blocks of bounded size."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(wbits=31)
@@ -266,7 +262,7 @@ class _GzipMember:
 
 
 class _ZstdFrame:
-    """One frame of a ``.zst``, likewise."""
+    """One frame of a `.zst`, likewise."""
 
     def __init__(self) -> None:
         import zstandard

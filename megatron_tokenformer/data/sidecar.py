@@ -1,4 +1,4 @@
-"""The description beside a pair, ``PREFIX.json``: counts, tokenizer, inputs. Megatron-LM writes none."""
+"""The description beside a pair, `PREFIX.json`: counts, tokenizer, inputs.  Megatron-LM writes none."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_tokenformer.errors import UserError
 
 
 def sidecar_path(prefix: str) -> str:
-    """The name of the description of ``prefix``."""
+    """The name of the description of `prefix`."""
     return f"{prefix}.json"
 
 
 def read_sidecar(prefix: str) -> dict[str, Any] | None:
-    """The description of ``prefix``, or None if there is none.
+    """The description of `prefix`, or None if there is none.
 
     Raises:
         UserError: it is not a JSON object with counts and a tokenizer.
@@ -48,7 +48,7 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
 def merge_sidecars(sidecars: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
     """What one pass over the inputs of all would have written: counts summed, lists of inputs joined.
 
-    Keys are kept in the order of the first description. What is neither a count nor a list stays where all
+    Keys are kept in the order of the first description.  What is neither a count nor a list stays where all
     agree and goes where they differ, for it then describes none of the whole.
     """
     # A tokenizer's numbers are no counts; that it is the same everywhere is for the caller to see to.

@@ -1,6 +1,6 @@
-"""``.tiktoken`` files: byte-pair ranks, through the ``tiktoken`` library.
+"""`.tiktoken` files: byte-pair ranks, through the `tiktoken` library.
 
-Such a file holds ranks alone. How texts are cut into pieces before any pair is merged (the pattern), and
+Such a file holds ranks alone.  How texts are cut into pieces before any pair is merged (the pattern), and
 which id ends a document, is known for OpenAI's own files by their hashes.
 """
 
@@ -41,11 +41,11 @@ KNOWN_FILES = {
 
 
 class TikTokenizer:
-    """A ``.tiktoken`` file. ``<|endoftext|>`` ends documents and is never looked for in texts.
+    """A `.tiktoken` file.  `<|endoftext|>` ends documents and is never looked for in texts.
 
     Args:
-        model: the file, lines of ``base64 rank``.
-        pattern: a name of :data:`PATTERNS`; by default that of a known file, else ``cl100k``.
+        model: the file, lines of `base64 rank`.
+        pattern: a name of `PATTERNS`; by default that of a known file, else `cl100k`.
 
     Raises:
         UserError: an unknown pattern, or a file that is not of this kind.
@@ -78,7 +78,7 @@ class TikTokenizer:
         return TikTokenizer, (self.model, self.pattern)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``.
+        """The ids of `text`.
 
         Raises:
             UserError: the library gave up, as it does on a million spaces with some patterns.
@@ -99,12 +99,12 @@ class TikTokenizer:
         return flatten([self.encode(text) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` without the end of document; broken UTF-8 is replaced."""
+        """The text of `ids` without the end of document; broken UTF-8 is replaced."""
         return self._backend.decode([i for i in ids if i != self.eod_id])
 
 
 def read_ranks(content: bytes, path: str) -> dict[bytes, int]:
-    """The rank, which is also the id, of each token of a ``.tiktoken`` file.
+    """The rank, which is also the id, of each token of a `.tiktoken` file.
 
     Raises:
         UserError: a line that is no token and rank, or one that repeats either; a byte that has no rank.

@@ -15,32 +15,26 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class FlatIds(NamedTuple):
-    """The ids of a batch of texts in one array: a list for each text would cost more than the tokens do.
-
-    Attributes:
-        ids: ``[sum of lengths]`` int32, the texts one after another.
-        lengths: ``[texts]`` int32, the tokens of each text.
-    """
+    """The ids of a batch of texts in one array: a list for each text would cost more than the tokens do."""
 
     ids: np.ndarray
+    """[sum of lengths] int32, the texts one after another"""
     lengths: np.ndarray
+    """[texts] int32, the tokens of each text"""
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project knows of a tokenizer. It can be pickled, to be loaded again in a worker.
-
-    Attributes:
-        vocab_size: one more than the largest id.
-        eod_id: the id that ends a document.
-        fingerprint: SHA-256 (hex) of the model file, and of what else decides about ids and is not in it; to
-            tell whether two data sets belong together.
-        options: what ``load_tokenizer`` needs besides type and model to load the same again.
-    """
+    """What the rest of the project knows of a tokenizer, which can be pickled: a worker loads it again."""
 
     vocab_size: int
+    """one more than the largest id"""
     eod_id: int
+    """the id that ends a document"""
     fingerprint: str
+    """SHA-256 (hex) of the model file, and of what else decides about ids and is not in it; to tell whether
+    two data sets belong together"""
     options: dict[str, Any]
+    """what `load_tokenizer` needs besides type and model to load the same again"""
 
     @property
     def backend(self) -> str | None:
@@ -48,20 +42,20 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, without an end of document."""
+        """The ids of `text`, without an end of document."""
         ...
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
-        """The ids of all texts, equal to :meth:`encode`'s."""
+        """The ids of all texts, equal to `encode`'s."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; special tokens give no text."""
+        """The text of `ids`; special tokens give no text."""
         ...
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> FlatIds:
-    """The ids of ``rows`` in one array."""
+    """The ids of `rows` in one array."""
     lengths = np.array([len(row) for row in rows], np.int32)
     return FlatIds(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths)
 

@@ -29,12 +29,12 @@ def train_tokenizer(
     json_key: str = "text",
     overwrite: bool = False,
 ) -> int:
-    """Train on all documents of ``inputs`` and write the model file.
+    """Train on all documents of `inputs` and write the model file.
 
     Args:
         inputs: file names or globs of JSON lines.
-        type: ``HFTokenizer`` (byte-level BPE as GPT-2's, a ``tokenizer.json``) or ``SentencePieceTokenizer``
-            (BPE with bytes as fallback, a ``.model``). Both give a text back unchanged, but for U+2581, which
+        type: `HFTokenizer` (byte-level BPE as GPT-2's, a `tokenizer.json`) or `SentencePieceTokenizer`
+            (BPE with bytes as fallback, a `.model`).  Both give a text back unchanged, but for U+2581, which
             sentencepiece takes for a space.
         vocab_size: ids wanted, special tokens included.
         output: the file to write.

@@ -1,4 +1,4 @@
-"""All kinds of tokenizers by name. Their libraries are imported only when one is loaded."""
+"""All kinds of tokenizers by name.  Their libraries are imported only when one is loaded."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ def load_tokenizer(
     """Load a tokenizer by the name of its kind.
 
     Args:
-        type: one of :data:`TOKENIZER_TYPES`.
-        model: a ``tokenizer.json`` (``HFTokenizer``), ``vocab.json`` (``GPT2BPETokenizer``), ``.tiktoken``
-            (``TikTokenizer``) or sentencepiece ``.model`` file; ``ByteTokenizer`` has none.
-        merges: ``merges.txt``, for ``GPT2BPETokenizer``.
-        pattern: how a ``TikTokenizer`` cuts texts into pieces, see
-            :data:`~megatron_tokenformer.data.tiktoken_tokenizer.PATTERNS`.
-        special_as_text: encode special tokens spelled out in texts as any other characters. The last three
+        type: one of `TOKENIZER_TYPES`.
+        model: a `tokenizer.json` (`HFTokenizer`), `vocab.json` (`GPT2BPETokenizer`), `.tiktoken`
+            (`TikTokenizer`) or sentencepiece `.model` file; `ByteTokenizer` has none.
+        merges: `merges.txt`, for `GPT2BPETokenizer`.
+        pattern: how a `TikTokenizer` cuts texts into pieces, see `tiktoken_tokenizer.PATTERNS`.
+        special_as_text: encode special tokens spelled out in texts as any other characters.  The last three
             types always do so.
 
     Raises:
@@ -83,7 +82,7 @@ def load_tokenizer(
 
 
 def add_tokenizer_arguments(parser: ArgumentParser, *, required: bool) -> None:
-    """The options that name a tokenizer: ``--tokenizer-type`` and what its files are."""
+    """The options that name a tokenizer: `--tokenizer-type` and what its files are."""
     add = parser.add_argument
     default = None if required else "default: what PREFIX.json names"
     add("--tokenizer-type", required=required, choices=TOKENIZER_TYPES, help=default)
@@ -104,7 +103,7 @@ def add_tokenizer_arguments(parser: ArgumentParser, *, required: bool) -> None:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, and 256 as the end of a document. For tests and tiny runs."""
+    """UTF-8 bytes as ids 0 to 255, and 256 as the end of a document.  For tests and tiny runs."""
 
     vocab_size = 257
     eod_id = 256
@@ -113,7 +112,7 @@ class ByteTokenizer:
     fingerprint = hash_of(b"ByteTokenizer")
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of ``text``."""
+        """The bytes of `text`."""
         return list(text.encode("utf-8"))
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
@@ -123,12 +122,12 @@ class ByteTokenizer:
         return FlatIds(ids, np.array([len(row) for row in rows], np.int32))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; broken UTF-8 is replaced, for a model may well emit it."""
+        """The text of `ids`; broken UTF-8 is replaced, for a model may well emit it."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece ``.model``; its end of sentence ends a document, and is never looked for in texts."""
+    """A sentencepiece `.model`; its end of sentence ends a document, and is never looked for in texts."""
 
     def __init__(self, model: str) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -150,7 +149,7 @@ class SentencePieceTokenizer:
         return SentencePieceTokenizer, (self.model,)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``."""
+        """The ids of `text`."""
         return self._backend.encode(text, out_type=int)
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
@@ -158,5 +157,5 @@ class SentencePieceTokenizer:
         return flatten(self._backend.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; control pieces give no text."""
+        """The text of `ids`; control pieces give no text."""
         return self._backend.decode([int(i) for i in ids])

@@ -42,17 +42,14 @@ class Written:
 
 
 class PromptEncoder:
-    """Texts to the ids of a document that goes on: without the end that a tokenizer's template may add.
-
-    Attributes:
-        before: what the template puts before every text.
-    """
+    """Texts to the ids of a document that goes on: without the end that a tokenizer's template may add."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._after = int(tokenizer.encode("a")[-1] == tokenizer.eod_id)
         empty = tokenizer.encode("")
         self.before = empty[: len(empty) - self._after]
+        """what the template puts before every text"""
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text; of an empty one, the end of the document before it."""

@@ -45,13 +45,7 @@ class Verdict:
 
 
 class Gate:
-    """Stands in the place of the optimizer's step, and decides.
-
-    Attributes:
-        verdict: on the last step.
-        gradients: this rank's own of the last step, before they were summed.
-        leave: why all ranks shall leave after it; None: they shall not.
-    """
+    """Stands in the place of the optimizer's step, and decides."""
 
     def __init__(
         self, config: RunConfig, layout: Layout, engine: Engine, progress: Progress, requests: Requests
@@ -59,8 +53,11 @@ class Gate:
         self._training, self._layout, self._engine = config.training, layout, engine
         self._progress, self._requests = progress, requests
         self.verdict = Verdict()
+        """on the last step"""
         self.leave: str | None = None
+        """why all ranks shall leave after it; None: they shall not"""
         self.gradients = LocalGradients(engine.deepspeed)
+        """this rank's own of the last step, before they were summed"""
         zero: Any = engine.deepspeed.optimizer
         self._zero, self._step = zero, zero.step
         scaler = getattr(zero, "loss_scaler", None)

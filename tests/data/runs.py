@@ -20,7 +20,7 @@ def json_lines(texts: list[str], **others: object) -> bytes:
 
 
 def output_bytes(prefix: Path | str) -> tuple[bytes, ...]:
-    """The ``.bin`` and the ``.idx`` of ``PREFIX_text_document``."""
+    """The `.bin` and the `.idx` of `PREFIX_text_document`."""
     return tuple(Path(f"{prefix}_text_document{suffix}").read_bytes() for suffix in (".bin", ".idx"))
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tokenformer.data.batches import Blend, TokenWindows, micro_batches, open_blend
-from megatron_tokenformer.data.indexed import TokenFileWriter
+from megatron_tokenformer.data.indexed import TokenFile, TokenFileWriter
 from megatron_tokenformer.data.order import BLOCK
 from megatron_tokenformer.errors import UserError
 from tests.descriptions import describe
@@ -21,7 +21,7 @@ SEQUENCE = 8
 
 
 def write_stream(prefix: Path, tokens: int, first: int = 0) -> str:
-    """A pair whose token at place i is ``first + i``, so that a window tells where it is from."""
+    """A pair whose token at place i is `first + i`, so that a window tells where it is from."""
     with TokenFileWriter(str(prefix), np.dtype(np.int32)) as writer:
         writer.add(np.arange(first, first + tokens), np.array([tokens]))
         writer.finish()
@@ -107,7 +107,7 @@ def test_a_larger_vocabulary_than_the_models_is_refused(tmp_path: Path) -> None:
 
 
 def steps(blend: Blend, position: int, layout: tuple[int, int, int], count: int) -> list[torch.Tensor]:
-    """The global batches of ``count`` steps as all ranks together see them, samples sorted by first token."""
+    """The global batches of `count` steps as all ranks together see them, samples sorted by first token."""
     micro, per_step, data_size = layout
     ranks = [micro_batches(blend, position, micro, per_step, rank, data_size) for rank in range(data_size)]
     batches = []
@@ -140,6 +140,27 @@ def test_micro_batches_go_to_the_ranks_in_turn(blend: Blend) -> None:
     assert batch.shape == (2, SEQUENCE + 1)
     start = 5 + (1 * 2 + 0) * 2
     assert torch.equal(batch, torch.from_numpy(np.stack([blend[start], blend[start + 1]])))
+
+
+def test_the_next_micro_batch_is_expected_while_one_is_computed(
+    blend: Blend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        TokenFile, "expect", lambda file, start, length: expected.append((file.prefix, start, length))
+    )
+    mine = [5 + (m * 2 + 1) * 3 + i for m in range(6) for i in range(3)]  # of rank 1 of 2, in threes
+    windows = [blend.expect(position) for position in mine]
+    ranges, expected = expected, []
+    assert [length for _, _, length in ranges] == [SEQUENCE + 1] * 18
+    assert {Path(prefix).name for prefix, _, _ in ranges} == {"a", "b"}
+    first_tokens = {"a": 0, "b": 10_000}
+    assert [int(window[0]) for window in windows] == [
+        first_tokens[Path(prefix).name] + start for prefix, start, _ in ranges
+    ]
+    for count, batch in enumerate(itertools.islice(micro_batches(blend, 5, 3, 2, 1, 2), 5), 1):
+        assert batch.tolist() == [window.tolist() for window in windows[3 * (count - 1) : 3 * count]]
+        assert expected == ranges[: 3 * (count + 1)]
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 0, 1), (1, 0, 0, 1), (1, 1, 2, 2), (1, 1, -1, 2), (1, 1, 0, 0)])

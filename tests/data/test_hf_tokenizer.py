@@ -58,7 +58,7 @@ def gpt2_files(corpus: Path, model: str) -> tuple[str, str]:
 
 
 def edited(model: str, path: Path, change: Callable[[object], object]) -> str:
-    """A copy of the tokenizer of ``model``, changed by a function of the library's object."""
+    """A copy of the tokenizer of `model`, changed by a function of the library's object."""
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(model)

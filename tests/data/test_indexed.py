@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,6 +154,19 @@ def test_windows_outside_the_stream_are_refused(tmp_path: Path) -> None:
     for start, length in ((-1, 1), (2, 2), (0, -1)):
         with pytest.raises(ValueError, match="window"):
             file.window(start, length)
+
+
+def test_the_pages_of_an_expected_window_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = TokenFile(write(tmp_path / "a", [[0] * 3 * mmap.PAGESIZE]))
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(file, "_mapped", SimpleNamespace(madvise=lambda *given: asked.append(given)))
+    for start, length in ((0, 3), (mmap.PAGESIZE - 1, 3), (mmap.PAGESIZE, 2 * mmap.PAGESIZE)):
+        file.expect(start, length)
+    page = mmap.PAGESIZE // 2  # in ids
+    expected = [(0, 3), (page, page + 2), (2 * page, 4 * page)]
+    assert asked == [(mmap.MADV_WILLNEED, 2 * first, 2 * count) for first, count in expected]
 
 
 def test_types_by_vocabulary() -> None:

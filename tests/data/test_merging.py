@@ -136,7 +136,7 @@ def pair(tmp_path: Path, inputs: list[str]) -> tuple[str, str]:
 
 
 def refuse(tmp_path: Path, parts: list[str], reason: str, exit_code: int = 2, output: str = "out") -> str:
-    """Merging ``parts`` fails for ``reason`` and changes nothing; returns the message."""
+    """Merging `parts` fails for `reason` and changes nothing; returns the message."""
     before = names(tmp_path)
     with pytest.raises(UserError, match=reason) as caught:
         merge_datasets(parts, str(tmp_path / output))

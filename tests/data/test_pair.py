@@ -230,7 +230,7 @@ def test_reading_changes_nothing(prefix: str) -> None:
 
 
 def sparse_pair(prefix: Path, documents: int, length: int) -> str:
-    """A pair of holes, sound at its ends, of documents of ``length`` tokens as far as the ends tell."""
+    """A pair of holes, sound at its ends, of documents of `length` tokens as far as the ends tell."""
     with open(f"{prefix}.idx", "wb") as file:
         file.write(HEADER.pack(MAGIC, 1, 8, documents, documents + 1))
         for at, form, value in (

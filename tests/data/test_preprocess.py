@@ -25,7 +25,7 @@ TEXTS = [f"Document {i} says {'again and ' * (i % 7)}that 日本 is {i * i}.\n" 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> str:
-    """Ten files of 30 documents: more chunks than two workers may have in flight. Returns their glob."""
+    """Ten files of 30 documents: more chunks than two workers may have in flight.  Returns their glob."""
     for part in range(10):
         (tmp_path / f"in-{part}.jsonl").write_bytes(json_lines(TEXTS[30 * part : 30 * part + 30]))
     return str(tmp_path / "in-*.jsonl")

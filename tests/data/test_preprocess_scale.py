@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def peak_memory(folder: Path, model: str) -> float:
-    """Run the tool on ``a.jsonl`` with two threads; the memory in MB that it has had at most."""
+    """Run the tool on `a.jsonl` with two threads; the memory in MB that it has had at most."""
     code = (
         "import re, runpy, sys\n"
         "del sys.argv[0]\n"

@@ -42,14 +42,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path) -> HFTokenizer:
-    """A byte-level BPE as GPT-2's. Its first id ends documents, the others are in the order of the merges."""
+    """A byte-level BPE as GPT-2's.  Its first id ends documents, the others are in the merges' order."""
     train_tokenizer([str(corpus)], "HFTokenizer", 1_200, str(corpus.parent / "t.json"))
     return HFTokenizer(str(corpus.parent / "t.json"))
 
 
 @pytest.fixture(scope="module")
 def ranks(trained: HFTokenizer) -> dict[bytes, int]:
-    """The same as bytes and ranks, without the end of document. Printable bytes stand for themselves."""
+    """The same as bytes and ranks, without the end of document.  Printable bytes stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     byte_of = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]
