@@ -108,7 +108,7 @@ def test_weights_that_are_no_numbers_fail(published: Path) -> None:
     weights = random_weights(settings())
     weights["sequential.2.mlp.key_param_tokens"][0, 0] = torch.nan
     write_whole(published, settings(), weights)
-    with pytest.raises(UserError, match="not numbers"):
+    with pytest.raises(UserError, match="NaN or infinite"):
         convert(published)
 
 
