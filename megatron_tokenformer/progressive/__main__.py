@@ -89,8 +89,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stage", metavar="NAME", help="bring this stage alone to its end; the ones before must be done")
     requeue = (
         "put the SLURM job that this is back into the queue when it was asked to leave (exit code 85), or "
+        "a run has failed that had saved a checkpoint since it was started"
     )
-    requeue += "a run has failed that had saved a checkpoint since it was started"
     add("--requeue", action="store_true", help=requeue)
     add("--dry-run", action="store_true", help="print the commands that are left, and do nothing")
     add("--report-only", action="store_true", help="write the report of what is done so far, and do nothing")

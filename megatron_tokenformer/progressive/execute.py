@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from megatron_tokenformer.errors import UserError
+from megatron_tokenformer.progressive.guard import SIGNALS
 from megatron_tokenformer.progressive.launchers import Command
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TICK_SECONDS = 10.0
 GUARD = "megatron_tokenformer.progressive.guard"
 

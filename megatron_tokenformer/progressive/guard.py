@@ -20,7 +20,8 @@ from types import FrameType
 
 from megatron_tokenformer.errors import is_second
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""that ask to leave"""
 LINGER_SECONDS = 60.0
 """how long ranks may take to save and end when they are told to"""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
         elif is_second(told[0], told[-1]):
             _signal(_living(), signal.SIGKILL)
 
-    for number in ASKING:
+    for number in SIGNALS:
         signal.signal(number, stop)
     kernel = ctypes.CDLL(None)
     # Who loses its launcher becomes a child of ours; torchrun gives each rank a session of its own.
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     code = child.wait()
     _end_rest()
     # The interpreter's end gives every handler back, and a signal in it would take the exit code's place.
-    for number in ASKING:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     return code if code >= 0 else 128 - code
 

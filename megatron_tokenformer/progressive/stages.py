@@ -13,7 +13,8 @@ from megatron_tokenformer.checkpoint.store import find_checkpoint
 from megatron_tokenformer.config.load import dump_config
 from megatron_tokenformer.durable import replace_durably
 from megatron_tokenformer.errors import TO_BE_CONTINUED, UserError
-from megatron_tokenformer.progressive.execute import SIGNALS, Asked, execute
+from megatron_tokenformer.progressive.execute import Asked, execute
+from megatron_tokenformer.progressive.guard import SIGNALS
 from megatron_tokenformer.progressive.journal import Journal, Step
 from megatron_tokenformer.progressive.launchers import Command, Launcher
 from megatron_tokenformer.progressive.plan import Plan, Stage
