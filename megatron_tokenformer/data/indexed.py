@@ -249,7 +249,8 @@ class TokenFile:
             return
         size = self.dtype.itemsize
         first = start * size // mmap.PAGESIZE * mmap.PAGESIZE
-        self._mapped.madvise(mmap.MADV_WILLNEED, first, (start + length) * size - first)
+        with suppress(OSError):  # a hint, which the system need not take
+            self._mapped.madvise(mmap.MADV_WILLNEED, first, (start + length) * size - first)
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, [documents] int64.  Reads the whole index: not for a run's start."""

@@ -41,9 +41,10 @@ def take_device(processes: Processes) -> torch.device:
 
 def _refuse_a_lost_gpu() -> None:
     """A run that is started again after its GPU has failed would go on, for ever, on the CPU."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or "DS_ACCELERATOR" in os.environ
+    on_purpose = os.environ.get("DS_ACCELERATOR") == "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     there = sorted(DEVICES.glob("nvidia[0-9]*"))
-    if torch.version.cuda is not None and there and not hidden:
+    if torch.version.cuda is not None and there and not (on_purpose or hidden):
         raise UserError(
             f"torch finds no GPU that works, and this host has {there[0]}; see what nvidia-smi says, or "
             f"export DS_ACCELERATOR=cpu to train on the CPU",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import struct
 import tempfile
@@ -167,6 +168,18 @@ def test_the_pages_of_an_expected_window_are_asked_for(
     page = mmap.PAGESIZE // 2  # in ids
     expected = [(0, 3), (page, page + 2), (2 * page, 4 * page)]
     assert asked == [(mmap.MADV_WILLNEED, 2 * first, 2 * count) for first, count in expected]
+
+
+def test_a_hint_that_the_system_does_not_take_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    file = TokenFile(write(tmp_path / "a", [[1, 2, 3]]))
+    monkeypatch.setattr(file, "_mapped", SimpleNamespace(madvise=refuse))
+    file.expect(0, 3)
+    assert file.window(0, 3).tolist() == [1, 2, 3]
 
 
 def test_types_by_vocabulary() -> None:

@@ -52,6 +52,13 @@ def test_a_gpu_that_does_not_answer_is_no_reason_to_go_on_without(
         take_device(process(0))
 
 
+def test_who_asks_for_a_gpu_by_name_is_told_too(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (host / "nvidia0").touch()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match="torch finds no GPU that works"):
+        take_device(process(0))
+
+
 def test_each_process_has_a_gpu_of_its_own(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
